@@ -1,0 +1,38 @@
+# Two commands matter: `make demo` and `make test`. Both set everything up first.
+# On a machine without a GPU whose package index offers only CUDA builds of torch, pass the CPU
+# index of your choice: make demo PIP_ARGS="--extra-index-url URL"
+
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+
+.PHONY: demo test test-long lint clean
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -m "not long"
+
+test-long: $(STAMP)
+	$(BIN)/pytest -m long --timeout 1800
+
+lint: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/mypy
+
+$(STAMP): $(SOURCES)
+	$(PYTHON) -c "import sys; sys.exit('MegaSwitch needs Python 3.11 or newer, this is %d.%d; pass PYTHON=python3.11' % sys.version_info[:2]) if sys.version_info < (3, 11) else None"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info megaswitch/_C*.so runs/demo

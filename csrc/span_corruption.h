@@ -1,0 +1,101 @@
+// T5 span corruption: raw tokens to encoder text, decoder input and decoder targets. The readable
+// twin, equal bit for bit, is `megaswitch/data/span_corruption.py`.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "indexed.h"
+#include "permutation.h"
+#include "philox.h"
+
+namespace megaswitch {
+
+constexpr int64_t kPadId = 0;
+constexpr int64_t kEosId = 1;
+
+// What all samples of a run have in common. Counts are computed in Python, in float32 as T5 does.
+struct SpanLayout {
+  uint32_t raw_length;
+  uint32_t noise_tokens;  // 1 .. raw_length - 1
+  uint32_t spans;         // 1 .. min(noise_tokens, raw_length - noise_tokens)
+  uint64_t encoder_length;
+  uint64_t decoder_length;
+  int64_t sentinel_top;  // the first sentinel is sentinel_top - 1, the next one below, ...
+
+  uint64_t encoder_text() const { return raw_length - noise_tokens + spans + 1; }
+  uint64_t decoder_text() const { return uint64_t{noise_tokens} + spans + 1; }
+  // Throws std::invalid_argument where the fields contradict each other.
+  void check() const;
+};
+
+// A split of `tokens` into non-empty segments, uniform over all such splits.
+class Composition {
+ public:
+  void draw(Random& random, uint32_t tokens, uint32_t segments);
+  // Where the next segment ends; the last one ends at `tokens`.
+  uint32_t next_end();
+
+ private:
+  std::vector<uint64_t> ends_;  // bit p set: a segment ends after token p
+  std::size_t word_ = 0;
+};
+
+// Scratch space of one thread.
+struct SpanScratch {
+  Composition noise;
+  Composition text;
+};
+
+template <typename Token>
+void corrupt(const Token* raw, const SpanLayout& layout, uint64_t seed, uint64_t sample_index,
+             SpanScratch& scratch, int64_t* encoder, int64_t* decoder, int64_t* targets);
+
+// Rows of one sample in the three outputs.
+struct BatchBuffers {
+  int64_t* encoder;
+  int64_t* decoder;
+  int64_t* targets;
+};
+
+// Samples of a corpus, each a pure function of (seed, global sample index).
+class SpanSampler {
+ public:
+  // `offset_choices`: an epoch starts at one of the first so many tokens. With `shuffle` false it
+  // starts at token 0 and keeps the corpus's order. Ids must be in [0, vocab_size).
+  SpanSampler(std::shared_ptr<const IndexedTokens> tokens, const SpanLayout& layout, uint64_t seed,
+              int64_t vocab_size, uint64_t samples_per_epoch, uint32_t offset_choices,
+              bool shuffle);
+
+  const SpanLayout& layout() const { return layout_; }
+
+  // First raw token of a sample.
+  uint64_t sample_start(uint64_t sample_index) const;
+  // Throws DataError at a token id outside the vocabulary.
+  void fill(const int64_t* sample_indices, uint64_t count, const BatchBuffers& out) const;
+
+ private:
+  // The order of one epoch and where it starts.
+  struct Epoch {
+    uint64_t number;
+    uint64_t offset;
+    Permutation order;
+  };
+
+  std::shared_ptr<const Epoch> epoch(uint64_t number) const;
+
+  std::shared_ptr<const IndexedTokens> tokens_;
+  SpanLayout layout_;
+  uint64_t seed_;
+  int64_t vocab_size_;
+  uint64_t samples_per_epoch_;
+  uint32_t offset_choices_;
+  bool shuffle_;
+  // The epoch asked for last, as small corpora keep a table; a cache only, results do not change.
+  mutable std::mutex epoch_mutex_;
+  mutable std::shared_ptr<const Epoch> last_epoch_;
+};
+
+}  // namespace megaswitch

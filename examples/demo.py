@@ -1,0 +1,108 @@
+"""The demo, step by step: tokenizer → tokens → training → curve → filled-in blanks.
+
+Every step is a command that you can run yourself; the script prints each before it runs it.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import megaswitch
+from megaswitch.data.tokenizer import Tokenizer
+from megaswitch.train.generate import greedy
+from megaswitch.train.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN = Path("runs/demo")
+CORPUS = "examples/data/classics.jsonl.zst"
+BLANKS = (
+    "And God said unto <extra_id_0>, Go thou and speak unto the children of Israel.",
+    "It was a truth universally acknowledged, that a young <extra_id_0> must be in want of a wife.",
+    "Captain Ahab stood upon the <extra_id_0> and looked out over the sea for the white whale.",
+    "My dear Mr. Bennet, said his <extra_id_0> to him one day, have you heard the news?",
+)
+
+
+def run(command: str) -> None:
+    """Show a command and run it; its failure ends the demo."""
+    print(f"\n\033[1m$ {command}\033[0m" if sys.stdout.isatty() else f"\n$ {command}", flush=True)
+    program, *arguments = shlex.split(command)
+    subprocess.run([str(Path(sys.executable).with_name(program)), *arguments], check=True)
+
+
+def plot(metrics: list[dict[str, float]], path: Path) -> None:
+    """Draw the training loss, the held-out text loss and its unigram baseline."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    training = [(m["step"], m["loss"]) for m in metrics if "loss" in m]
+    valid = [m for m in metrics if "valid/content_loss" in m]
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    axes.plot(*zip(*training, strict=True), color="0.7", label="training, all targets")
+    steps = [m["step"] for m in valid]
+    axes.plot(steps, [m["valid/content_loss"] for m in valid], "o-", label="held-out text")
+    entropy = valid[-1]["valid/content_unigram_entropy"]
+    axes.axhline(entropy, ls="--", color="tab:red", label="its unigram entropy")
+    axes.set(xlabel="step", ylabel="nats per token", title="A Switch Transformer on a laptop")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def fill_in(model: megaswitch.SwitchTransformer, tokenizer: Tokenizer) -> None:
+    """Print each blank with what the model puts there."""
+    for text in BLANKS:
+        tokens = torch.tensor([[*tokenizer.encode(text), tokenizer.eos_id]])
+        filled = tokenizer.decode(greedy(model, tokens, max_tokens=12)[0].tolist())
+        answer = filled.split("<extra_id_1>")[0].replace("<extra_id_0>", "").replace("</s>", "")
+        print("  " + text.replace("<extra_id_0>", f"[{answer.strip()}]"))
+
+
+def main() -> None:
+    """Run the demo from the repository's root, from scratch."""
+    started = time.time()
+    shutil.rmtree(RUN, ignore_errors=True)
+    (RUN / "data").mkdir(parents=True)
+    run(f"megaswitch tokenizer train {CORPUS} --output {RUN}/data/spm.model --vocab-size 4096")
+    run(
+        f"megaswitch preprocess {CORPUS} --tokenizer {RUN}/data/spm.model "
+        f"--output {RUN}/data/classics --valid-fraction 0.05"
+    )
+    training = time.time()
+    run("torchrun --nproc-per-node 2 -m megaswitch train examples/demo.toml")
+    trained = time.time()
+
+    metrics = read_metrics(RUN / "metrics.jsonl")
+    plot(metrics, RUN / "loss.png")
+    last = next(m for m in reversed(metrics) if "valid/content_loss" in m)
+    loss, entropy = last["valid/content_loss"], last["valid/content_unigram_entropy"]
+    print(f"\nHeld-out text tokens: loss {loss:.3f}, their unigram entropy {entropy:.3f}:")
+    print(f"the model is {entropy - loss:.3f} nats better than knowing how frequent words are.")
+    print("\nIt fills in blanks:")
+    fill_in(megaswitch.load_model(RUN), Tokenizer(RUN / "data" / "spm.model"))
+    minutes = (trained - training) / 60, (time.time() - started) / 60
+    print(f"\nTraining took {minutes[0]:.1f} minutes, the whole demo {minutes[1]:.1f}.")
+    print(f"The curve is {RUN}/loss.png; `tensorboard --logdir {RUN}` shows every metric.")
+    print(
+        "\nWhat to try next:\n"
+        "  megaswitch train examples/demo.toml --train.run_dir=runs/32 --model.moe.num_experts=32\n"
+        "  megaswitch train examples/demo.toml --train.run_dir=runs/dense --model.preset=t5-tiny\n"
+        "  megaswitch presets        the models of the paper, counted to the last parameter"
+    )
+
+
+if __name__ == "__main__":
+    import os
+
+    os.chdir(ROOT)
+    main()

@@ -1,0 +1,5 @@
+"""`python -m megaswitch`, which is what torchrun starts."""
+
+from megaswitch.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Floor 4. What outlives a run: checkpoints, and other programs' formats."""

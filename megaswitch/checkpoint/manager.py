@@ -1,0 +1,306 @@
+"""Writing and reading the state of a run: atomic folders of safetensors, checked by SHA-256.
+
+A checkpoint is `step_00001000/` with one `*.safetensors` file per rank (global tensors through
+`torch.distributed.checkpoint`), `config.toml` (the resolved configuration) and `state.json` (step,
+samples consumed, data fingerprint, checksums). Nothing in it is a pickle. Ranks write into a folder
+of another name, which rank 0 renames once every file is on disk: a crash leaves no half checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from megaswitch.config import RunConfig, from_toml, to_toml
+from megaswitch.log import UserError
+from megaswitch.parallel.mesh import Mesh
+
+FORMAT = 1
+_PREFIX = "step_"
+_UNFINISHED = ".unfinished"
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands. With counted randomness this is all there is beside tensors.
+
+    Attributes:
+        step: optimizer steps done.
+        samples: training sequences consumed; the position in the data.
+        fingerprint: of the training data and its order; a resume on other data is refused.
+    """
+
+    step: int
+    samples: int
+    fingerprint: str
+
+
+class CheckpointManager:
+    """Saves, finds and restores the checkpoints of one run folder.
+
+    Args:
+        run_dir: the run's folder; checkpoints lie in `checkpoints/` under it.
+        keep: how many of the newest are kept.
+    """
+
+    def __init__(self, run_dir: Path, *, keep: int, mesh: Mesh) -> None:
+        self.folder = run_dir / "checkpoints"
+        self.keep = keep
+        self.mesh = mesh
+
+    def save(
+        self,
+        config: RunConfig,
+        state: TrainState,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+    ) -> Path:
+        """Write a checkpoint; when this returns it is on disk under its final name.
+
+        Raises:
+            UserError: it could not be written (a full disk, say). Earlier checkpoints are intact.
+        """
+        final = self.folder / f"{_PREFIX}{state.step:08d}"
+        aside = final.with_name(final.name + _UNFINISHED)
+        self._together(lambda: self._start(aside), aside)
+        tensors = _model_tensors(model) | _optimizer_tensors(model, optimizer)
+        self._together(lambda: self._write(aside, tensors), aside)
+        sums = {k: v for part in self.mesh.gather(self._sums(aside)) for k, v in part.items()}
+        self._together(lambda: self._finish(aside, final, config, state, sums), aside)
+        return final
+
+    def restore(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
+        """Load a checkpoint into `model` and `optimizer`, whatever layout wrote it."""
+        metadata = read_state(path)
+        files = sorted(metadata["files"])
+        try:
+            verify(path, files[self.mesh.rank :: self.mesh.size])
+            error = None
+        except UserError as caught:
+            error = caught
+        self.mesh.raise_together(error)
+        load_model_tensors(path, model, distributed=self.mesh.group is not None)
+        optimizer_state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_FLAT)
+        tensors = _prefixed(optimizer_state)
+        _load(path, tensors, distributed=self.mesh.group is not None)
+        loaded = {key.removeprefix("optimizer."): value for key, value in tensors.items()}
+        set_optimizer_state_dict(model, optimizer, optimizer_state | loaded, options=_FLAT)
+        return TrainState(**metadata["state"])
+
+    def _together(self, action: Any, aside: Path) -> None:
+        """Run `action` here; if it fails on any rank, clean up and fail on all."""
+        error: Exception | None = None
+        try:
+            action()
+        except (OSError, CheckpointException, RuntimeError) as caught:
+            error = UserError(
+                f"checkpoint {aside.name.removesuffix(_UNFINISHED)} could not be written to "
+                f"{aside.parent}: {_root_cause(caught)}. Earlier checkpoints are intact; free "
+                "space or choose another train.run_dir, and start the same command again"
+            )
+            error.__cause__ = caught
+        try:
+            self.mesh.raise_together(error)
+        except UserError:
+            if self.mesh.rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+    def _start(self, aside: Path) -> None:
+        if self.mesh.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for stale in self.folder.glob(f"*{_UNFINISHED}"):
+                shutil.rmtree(stale)
+            aside.mkdir()
+
+    def _write(self, aside: Path, tensors: dict[str, Tensor]) -> None:
+        writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # "assuming … a single process": it is
+            dcp.save(tensors, storage_writer=writer, no_dist=self.mesh.group is None)
+
+    def _sums(self, aside: Path) -> dict[str, dict[str, Any]]:
+        """Size and SHA-256 of the files that this rank wrote."""
+        files = sorted(aside.glob(f"shard-{self.mesh.rank + 1:05d}-*.safetensors"))
+        return {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in files}
+
+    def _finish(
+        self,
+        aside: Path,
+        final: Path,
+        config: RunConfig,
+        state: TrainState,
+        sums: dict[str, dict[str, Any]],
+    ) -> None:
+        if self.mesh.rank != 0:
+            return
+        content = {"format": FORMAT, "state": asdict(state), "files": sums}
+        write_durably(aside / "config.toml", to_toml(config))
+        write_durably(aside / "state.json", json.dumps(content, indent=1))
+        _sync_folder(aside)
+        if final.exists():  # the same step, saved before a resume from an older one
+            shutil.rmtree(final)
+        aside.rename(final)
+        _sync_folder(self.folder)
+        for old in checkpoints(self.folder)[: -self.keep]:
+            shutil.rmtree(old)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in `folder`, oldest first."""
+    found = (p for p in folder.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdigit())
+    return sorted((p for p in found if (p / "state.json").is_file()), key=lambda p: p.name)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """`path` itself if it is a checkpoint, else the newest one of the run folder `path`.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (path / "state.json").is_file():
+        return path
+    found = checkpoints(path / "checkpoints") or checkpoints(path)
+    if not found:
+        raise UserError(
+            f"{path} is neither a checkpoint nor a run folder with one; give a folder that holds "
+            "state.json, or the train.run_dir of a run"
+        )
+    return found[-1]
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The content of `state.json`, its shape checked.
+
+    Raises:
+        UserError: it is missing, damaged, or of another format.
+    """
+    try:
+        content = json.loads((path / "state.json").read_text())
+        assert isinstance(content["files"], dict)
+        TrainState(**content["state"])
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UserError(
+            f"checkpoint {path} has no readable state.json ({error!r}); use another checkpoint"
+        ) from error
+    if content.get("format") != FORMAT:
+        raise UserError(
+            f"checkpoint {path} has format {content.get('format')}, this version reads {FORMAT}; "
+            "use the MegaSwitch release that wrote it"
+        )
+    return content
+
+
+def read_config(path: Path) -> RunConfig:
+    """The resolved configuration that a checkpoint was written under."""
+    try:
+        return from_toml((path / "config.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint {path} has no readable config.toml: {error}") from error
+
+
+def verify(path: Path, names: list[str] | None = None) -> None:
+    """Compare files of the checkpoint with their recorded sizes and SHA-256.
+
+    Args:
+        path: the checkpoint.
+        names: which of its files; None for all.
+
+    Raises:
+        UserError: naming the files that differ.
+    """
+    files = read_state(path)["files"]
+    damaged = []
+    for name in files if names is None else names:
+        file = path / Path(name).name  # a recorded name never leads out of the folder
+        if not file.is_file():
+            damaged.append(f"{name} is missing")
+        elif file.stat().st_size != files[name]["bytes"]:
+            damaged.append(f"{name} has {file.stat().st_size} of {files[name]['bytes']} bytes")
+        elif _sha256(file) != files[name]["sha256"]:
+            damaged.append(f"{name} does not match its checksum")
+    if damaged:
+        raise UserError(
+            f"checkpoint {path} is damaged: {'; '.join(damaged)}. Remove it to resume from the one "
+            "before"
+        )
+
+
+def load_model_tensors(path: Path, model: nn.Module, *, distributed: bool = False) -> None:
+    """Fill the parameters of `model` from the checkpoint at `path`."""
+    _load(path, _model_tensors(model), distributed=distributed)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a small file so that it survives a power cut once this returns."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Optimizer state by parameter name. Its hyper-parameters come from the config instead."""
+    return _prefixed(get_optimizer_state_dict(model, optimizer, options=_FLAT))
+
+
+def _prefixed(optimizer_state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {f"optimizer.{k}": v for k, v in optimizer_state.items() if isinstance(v, Tensor)}
+
+
+def _load(path: Path, tensors: dict[str, Tensor], *, distributed: bool) -> None:
+    """Fill `tensors` in place."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            dcp.load(
+                tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=not distributed
+            )
+    except (OSError, CheckpointException, RuntimeError, ValueError) as error:
+        raise UserError(f"checkpoint {path} cannot be read: {_root_cause(error)}") from error
+
+
+def _root_cause(error: BaseException) -> str:
+    """The first line of what really went wrong inside DCP's wrapper."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

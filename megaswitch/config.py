@@ -1,0 +1,254 @@
+"""From TOML files and `--section.key=value` to a checked `RunConfig`, and back.
+
+Every problem is reported at once: unknown keys with the nearest match, wrong types and bounds, keys
+that the rest of the configuration would ignore, and the rules between keys (`rules.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import TypeAdapter, ValidationError
+
+from megaswitch.log import ConfigError, UserError
+from megaswitch.presets import PRESETS
+from megaswitch.rules import check
+from megaswitch.schema import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+    "TrainConfig",
+    "differences",
+    "from_toml",
+    "known_keys",
+    "load_config",
+    "model_config",
+    "to_toml",
+]
+
+
+def load_config(
+    path: Path | None, overrides: Sequence[str] = (), *, world_size: int = 1
+) -> RunConfig:
+    """The configuration of `path` (TOML) changed by `--section.key=value` overrides.
+
+    Args:
+        path: a TOML file, or None for the defaults.
+        overrides: later ones win; values are TOML, or else plain strings.
+        world_size: ranks that will share the batch.
+
+    Raises:
+        ConfigError: naming every problem found, each with value, rule and remedy.
+        UserError: the file is missing or not TOML.
+    """
+    table = _read_toml(path) if path else {}
+    problems = [problem for text in overrides if (problem := _override(table, text))]
+    config, more = _parse(table)
+    problems += more
+    problems += _inactive(config, table)
+    bad_keys = {problem.split("=")[0].split(" ")[0] for problem in problems}
+    # A rule that speaks of a key already found wrong would only repeat it.
+    problems += [p for p in check(config, world_size) if not any(key in p for key in bad_keys)]
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def model_config(preset: str) -> ModelConfig:
+    """The model of a preset.
+
+    Raises:
+        ConfigError: no such preset; the nearest name is suggested.
+    """
+    config, problems = _parse({"model": {"preset": preset}})
+    if problems:
+        raise ConfigError(problems)
+    return config.model
+
+
+def from_toml(text: str) -> RunConfig:
+    """The configuration stored in a run folder or checkpoint by `to_toml`."""
+    config, problems = _parse(tomllib.loads(text))
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def to_toml(config: RunConfig) -> str:
+    """The resolved configuration: every key that is alive, with its value, as TOML."""
+    table: dict[str, Any] = {}
+    for key, value in _leaves(config):
+        if value is not None and _dead_reason(config, key) is None:
+            _set(table, key, value)
+    return tomli_w.dumps(table)
+
+
+def differences(stored: RunConfig, given: RunConfig) -> Iterator[tuple[str, str]]:
+    """Keys whose values differ, each with a sentence part that says how."""
+    values = dict(_leaves(given))
+    for key, before in _leaves(stored):
+        if values[key] != before:
+            yield key, f"{key} was {before!r} and is {values[key]!r}"
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"configuration file {path} does not exist; see examples/ for some"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"configuration file {path} cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"configuration file {path} is not TOML: {error}") from error
+
+
+def _override(table: dict[str, Any], text: str) -> str | None:
+    """Apply one `--section.key=value`; returns what is wrong with it."""
+    key, equals, value = text.removeprefix("--").partition("=")
+    if not text.startswith("--") or not equals or "." not in key:
+        return f"{text} is not an override; write --section.key=value"
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    try:
+        _set(table, key, parsed)
+    except TypeError:
+        return f"{key}={value}: {key.rpartition('.')[0]} is a value, not a section"
+    return None
+
+
+def _parse(table: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
+    """A configuration from a table, its wrong keys left at their defaults, and what they were."""
+    expanded, problems = _expand_preset(table)
+    try:
+        return TypeAdapter(RunConfig).validate_python(expanded), problems
+    except ValidationError as error:
+        for detail in error.errors():
+            path = [str(part) for part in detail["loc"]]
+            key = ".".join(path)
+            if detail["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+                problems.append(f"{key} is not a known key{_nearest(key, known_keys())}")
+            else:
+                problems.append(f"{key}={detail['input']!r} is wrong: {detail['msg']}")
+            _unset(expanded, path)
+    return TypeAdapter(RunConfig).validate_python(expanded), problems
+
+
+def _expand_preset(table: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    expanded = _merge({}, table)
+    model = expanded.get("model")
+    name = model.get("preset") if isinstance(model, dict) else None
+    if name is None:
+        return expanded, []
+    if name not in PRESETS:
+        expanded["model"].pop("preset")
+        known = _nearest(str(name), list(PRESETS)) or "; `megaswitch presets` lists them"
+        return expanded, [f"model.preset={name!r} is not a preset{known}"]
+    return _merge({"model": _merge({}, PRESETS[name])}, expanded), []
+
+
+def _nearest(name: str, candidates: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """`top` over `base`, table by table; `top` is left alone."""
+    for key, value in top.items():
+        if isinstance(value, Mapping):
+            below = base.get(key)
+            base[key] = _merge(below if isinstance(below, dict) else {}, value)
+        else:
+            base[key] = value
+    return base
+
+
+def _set(table: dict[str, Any], key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise TypeError(section)
+    table[name] = value
+
+
+def _unset(table: dict[str, Any], path: Sequence[str]) -> None:
+    *sections, name = path
+    for section in sections:
+        table = table.get(section, {})
+    table.pop(name, None)
+
+
+def known_keys() -> list[str]:
+    """Every dotted key."""
+    return [key for key, _ in _leaves(RunConfig())]
+
+
+def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", value
+
+
+def _value(config: RunConfig, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _dead_reason(config: RunConfig, key: str) -> str | None:
+    """Why `key` means nothing in this configuration, or None if it does."""
+    section, _, name = key.rpartition(".")
+    fields = type(_value(config, section)).__pydantic_fields__
+    rule = (fields[name].json_schema_extra or {}).get("only_if")
+    if rule is None:
+        return None
+    owner, values = rule["key"], rule["values"]
+    held = _value(config, owner)
+    if (why := _dead_reason(config, owner)) is not None:
+        return why
+    if held in values if values else held:
+        return None
+    wanted = " or ".join(map(str, values)) if values else "set and not 0"
+    return f"{owner}={held!r}; it must be {wanted}"
+
+
+def _inactive(config: RunConfig, table: Mapping[str, Any]) -> list[str]:
+    """Keys that the user wrote and the rest of the configuration ignores."""
+    problems = []
+    for key, value in _leaves(config):
+        *sections, name = key.split(".")
+        written: Any = table
+        for section in sections:
+            written = written.get(section, {}) if isinstance(written, Mapping) else {}
+        if isinstance(written, Mapping) and name in written:
+            reason = _dead_reason(config, key)
+            if reason:
+                problems.append(f"{key}={value!r} would be ignored because {reason}; remove it")
+    return problems

@@ -1,0 +1,315 @@
+"""Token files on disk: Megatron's `.bin/.idx` pair and a small sidecar `.meta.json`.
+
+`.bin` holds the tokens of all documents one after another; `.idx` says where sequences and
+documents begin. The sidecar says which tokenizer made them; corpora from elsewhere have none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from megaswitch.data import native
+from megaswitch.log import UserError
+
+# Codes of the `.idx` header for the types that can hold token ids.
+TYPE_CODES: dict[int, np.dtype] = {
+    1: np.dtype("<u1"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<i4"),
+    5: np.dtype("<i8"),
+    8: np.dtype("<u2"),
+}
+_MAGIC = b"MMIDIDX\x00\x00"
+_COPY_ITEMS = 1 << 20  # lengths held in memory at a time while the index is written
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The type Megatron stores ids of this vocabulary in: uint16 below 65,500, else int32."""
+    return np.dtype("<u2") if vocab_size < 65_500 else np.dtype("<i4")
+
+
+def companion(prefix: str | Path, suffix: str) -> Path:
+    """`prefix` with a suffix behind it; a dot in the prefix is part of the name."""
+    return Path(f"{os.fspath(prefix)}{suffix}")
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """What a corpus remembers of its tokenizer.
+
+    Attributes:
+        tokenizer_sha256: of the model file.
+        vocab_size: with the sentinels.
+        num_extra_ids: sentinels on top of the vocabulary.
+    """
+
+    tokenizer_sha256: str
+    vocab_size: int
+    num_extra_ids: int
+
+
+@dataclass(frozen=True)
+class CorpusMeta(TokenizerInfo):
+    """The sidecar of a corpus.
+
+    Attributes:
+        tokens: in the `.bin`.
+        documents: in the `.idx`.
+        sequences: in the `.idx`.
+        content_sha256: of the `.bin`.
+        created_by: version of MegaSwitch.
+    """
+
+    tokens: int
+    documents: int
+    sequences: int
+    content_sha256: str
+    created_by: str
+
+    @staticmethod
+    def read(prefix: str | Path) -> CorpusMeta | None:
+        """The sidecar beside `prefix`, or None where there is none.
+
+        Raises:
+            UserError: if it is there but not readable as one.
+        """
+        path = companion(prefix, ".meta.json")
+        try:
+            values = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"'{path}' cannot be read ({error}). Preprocess the corpus again, or delete this "
+                "file if the corpus is known to fit the tokenizer."
+            ) from error
+        expected = {field.name: field.type for field in fields(CorpusMeta)}
+        for name, kind in expected.items():
+            value = values.get(name) if isinstance(values, dict) else None
+            if type(value).__name__ != kind or (isinstance(value, int) and value < 0):
+                rule = "a non-negative integer" if kind == "int" else "a string"
+                raise UserError(
+                    f"'{path}' has {value!r} for {name}, which must be {rule}. Preprocess the "
+                    "corpus again, or delete this file if the corpus is known to fit the tokenizer."
+                )
+        return CorpusMeta(**{name: values[name] for name in expected})
+
+
+class TokenStore:
+    """A corpus opened for reading: one flat stream of tokens, cut into sequences and documents.
+
+    The files are validated in full and mapped, not loaded.
+
+    Args:
+        prefix: path of the two files without `.bin` and `.idx`.
+
+    Raises:
+        UserError: if a file is missing, damaged or contradicts the other or the sidecar.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = Path(prefix)
+        try:
+            self.native = native.IndexedTokens(os.fspath(prefix))
+        except native.DataError as error:
+            raise UserError(str(error)) from None
+        self.meta = CorpusMeta.read(prefix)
+        if self.meta is not None and self.meta.tokens != self.num_tokens:
+            raise UserError(
+                f"'{companion(prefix, '.meta.json')}' speaks of {self.meta.tokens} tokens but the "
+                f"corpus has {self.num_tokens}: it belongs to another corpus. Preprocess again, or "
+                "delete it if the corpus is known to fit the tokenizer."
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the flat stream."""
+        return self.native.num_tokens
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences; documents made by MegaSwitch have one each."""
+        return self.native.num_sequences
+
+    @property
+    def num_documents(self) -> int:
+        """Documents."""
+        return self.native.num_documents
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the ids on disk."""
+        return TYPE_CODES[self.native.type_code]
+
+    def tokens(self, start: int, count: int) -> NDArray[np.int64]:
+        """Tokens [start, start + count) of the flat stream."""
+        assert 0 <= start <= start + count <= self.num_tokens, (start, count, self.num_tokens)
+        out = np.empty(count, dtype=np.int64)
+        self.native.read(start, out)
+        return out
+
+    def sequence(self, index: int) -> NDArray[np.int64]:
+        """Tokens of one sequence."""
+        return self.tokens(*self.native.sequence(index))
+
+    def document(self, index: int) -> NDArray[np.int64]:
+        """Tokens of one document."""
+        return self.tokens(*self.native.document(index))
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        """The documents in order."""
+        return (self.document(index) for index in range(self.num_documents))
+
+
+class IndexedWriter:
+    """Writes a corpus document by document, in constant memory.
+
+    All files are written aside and renamed when the `with` block ends well, `.idx` last, so that a
+    corpus with an index is complete. If it ends badly, nothing is left behind.
+
+    Args:
+        prefix: path of the files without suffixes; older files there are replaced at the end.
+        dtype: type of the ids on disk, one of `TYPE_CODES`.
+        tokenizer: written to the sidecar; without it no sidecar is written.
+    """
+
+    def __init__(
+        self, prefix: str | Path, dtype: DTypeLike, *, tokenizer: TokenizerInfo | None = None
+    ) -> None:
+        self.prefix = Path(prefix)
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        codes = {kind: code for code, kind in TYPE_CODES.items()}
+        assert self._dtype in codes, f"{dtype} cannot hold token ids"
+        self._type_code = codes[self._dtype]
+        self._tokenizer = tokenizer
+        self._hash = hashlib.sha256()
+        self.num_tokens = self.num_sequences = self.num_documents = 0
+
+    def __enter__(self) -> IndexedWriter:
+        try:
+            self.prefix.parent.mkdir(parents=True, exist_ok=True)
+            self._bin = self._aside(".bin").open("wb")
+            # The index cannot be written before the number of sequences is known; its two arrays
+            # grow on disk meanwhile.
+            self._lengths = self._aside(".lengths").open("w+b")
+            self._boundaries = self._aside(".documents").open("w+b")
+        except OSError as error:
+            raise UserError(
+                f"cannot write '{error.filename}': {error.strerror}. Choose an output prefix in a "
+                "folder you may write to."
+            ) from error
+        self._boundaries.write(struct.pack("<q", 0))
+        return self
+
+    def append(self, tokens: ArrayLike) -> None:
+        """Add one sequence to the document being written."""
+        ids = np.asarray(tokens)
+        assert ids.ndim == 1
+        limits = np.iinfo(self._dtype)
+        assert len(ids) == 0 or (limits.min <= ids.min() and ids.max() <= limits.max)
+        assert len(ids) < 1 << 31, "lengths are int32"
+        content = ids.astype(self._dtype).tobytes()
+        self._bin.write(content)
+        self._hash.update(content)
+        self._lengths.write(struct.pack("<i", len(ids)))
+        self.num_tokens += len(ids)
+        self.num_sequences += 1
+
+    def end_document(self) -> None:
+        """Close the document: what is appended next belongs to another."""
+        self.num_documents += 1
+        self._boundaries.write(struct.pack("<q", self.num_sequences))
+        self._document_end = self.num_sequences
+
+    def add_document(self, tokens: ArrayLike) -> None:
+        """Add one document of a single sequence."""
+        self.append(tokens)
+        self.end_document()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self._publish()
+        finally:
+            for stream in (self._bin, self._lengths, self._boundaries):
+                stream.close()
+            for suffix in (".bin", ".lengths", ".documents", ".idx", ".meta.json"):
+                self._aside(suffix).unlink(missing_ok=True)
+
+    def _aside(self, suffix: str) -> Path:
+        return companion(self.prefix, f"{suffix}.partial")
+
+    def _publish(self) -> None:
+        ended = self.num_documents > 0 and self._document_end == self.num_sequences
+        assert ended or self.num_sequences == 0, "end_document() is missing"
+        _sync(self._bin)
+        with self._aside(".idx").open("wb") as index:
+            self._write_index(index)
+            _sync(index)
+        suffixes = [".bin", ".idx"]
+        if self._tokenizer is not None:
+            with self._aside(".meta.json").open("w", encoding="utf-8") as sidecar:
+                json.dump(asdict(self._meta(self._tokenizer)), sidecar, indent=2)
+                sidecar.write("\n")
+                _sync(sidecar)
+            suffixes.insert(1, ".meta.json")
+        # An older index or sidecar must never be seen beside the new tokens.
+        for suffix in (".idx", ".meta.json"):
+            companion(self.prefix, suffix).unlink(missing_ok=True)
+        for suffix in suffixes:
+            self._aside(suffix).replace(companion(self.prefix, suffix))
+        folder = os.open(self.prefix.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def _write_index(self, index: IO[bytes]) -> None:
+        index.write(_MAGIC + struct.pack("<QB", 1, self._type_code))
+        index.write(struct.pack("<QQ", self.num_sequences, self.num_documents + 1))
+        self._lengths.seek(0)
+        shutil.copyfileobj(self._lengths, index)
+        self._lengths.seek(0)
+        offset = 0
+        while chunk := self._lengths.read(4 * _COPY_ITEMS):
+            sizes = np.frombuffer(chunk, dtype="<i4").astype("<i8") * self._dtype.itemsize
+            ends = offset + np.cumsum(sizes)
+            index.write((ends - sizes).astype("<i8").tobytes())
+            offset = int(ends[-1])
+        self._boundaries.seek(0)
+        shutil.copyfileobj(self._boundaries, index)
+
+    def _meta(self, tokenizer: TokenizerInfo) -> CorpusMeta:
+        return CorpusMeta(
+            tokenizer_sha256=tokenizer.tokenizer_sha256,
+            vocab_size=tokenizer.vocab_size,
+            num_extra_ids=tokenizer.num_extra_ids,
+            tokens=self.num_tokens,
+            documents=self.num_documents,
+            sequences=self.num_sequences,
+            content_sha256=self._hash.hexdigest(),
+            created_by=f"megaswitch {version('megaswitch')}",
+        )
+
+
+def _sync(stream: IO[bytes] | IO[str]) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())

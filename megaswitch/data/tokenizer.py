@@ -1,0 +1,203 @@
+"""SentencePiece tokenizers with T5's conventions: pad 0, EOS 1, unknown 2, sentinels on top.
+
+The model file holds the text's pieces only; `<extra_id_0>` is the highest id of the vocabulary,
+`<extra_id_1>` the one below, and so on. Official T5 and mT5 models therefore work as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from megaswitch.data.indexed import TokenizerInfo
+from megaswitch.data.span_corruption import EOS_ID, PAD_ID
+from megaswitch.data.text_files import RejectionLog, check_inputs, read_documents
+from megaswitch.log import UserError, warn
+
+_UNK_ID = 2
+_SENTINEL = re.compile(r"<extra_id_(\d{1,6})>")
+# SentencePiece passes over sentences of more than 4,192 bytes; a character has up to 4.
+_MAX_SENTENCE_CHARACTERS = 1_000
+_TRAINING_SENTENCES = 10_000_000  # drawn from larger corpora; T5 used as many
+_TRAINING_SEED = 1
+
+
+def train_tokenizer(
+    inputs: Sequence[Path],
+    output: Path,
+    *,
+    vocab_size: int,
+    num_sentinels: int = 100,
+    character_coverage: float = 0.9995,
+    threads: int = 1,
+) -> None:
+    """Train a unigram model with byte fallback; the same inputs give the same file.
+
+    Args:
+        inputs: JSONL or plain text, optionally .gz or .zst; streamed.
+        output: the model file to write.
+        vocab_size: ids in all, `num_sentinels` of them sentinels, which are not in the file.
+        num_sentinels: to be given to `Tokenizer` as `num_extra_ids`.
+        character_coverage: share of characters that get pieces; the rest become bytes.
+        threads: threads of SentencePiece.
+
+    Raises:
+        UserError: if inputs are missing, damaged or empty, or do not suit `vocab_size`.
+    """
+    check_inputs(inputs)
+    failures: list[Exception] = []
+    model = io.BytesIO()
+    sentencepiece.set_random_generator_seed(_TRAINING_SEED)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_caught(_sentences(inputs), failures),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size - num_sentinels,
+            character_coverage=character_coverage,
+            byte_fallback=True,
+            pad_id=PAD_ID,
+            eos_id=EOS_ID,
+            unk_id=_UNK_ID,
+            bos_id=-1,
+            input_sentence_size=_TRAINING_SENTENCES,
+            shuffle_input_sentence=True,
+            num_threads=threads,
+            minloglevel=2,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        failures.append(error)
+    if failures and isinstance(failures[0], UserError):
+        raise failures[0]
+    if failures:
+        raise UserError(
+            f"no tokenizer of vocab_size {vocab_size}, of which {num_sentinels} sentinels, can be "
+            f"trained on these inputs; SentencePiece says: {failures[0]}. Its sizes do not count "
+            "the sentinels. Choose a vocab_size within its limits or more text."
+        ) from failures[0]
+    aside = output.with_name(output.name + ".partial")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    aside.write_bytes(model.getvalue())
+    aside.replace(output)
+
+
+def _caught(sentences: Iterator[str], failures: list[Exception]) -> Iterator[str]:
+    """The same sentences; an error ends them and is kept, as SentencePiece would swallow it."""
+    try:
+        yield from sentences
+    except Exception as error:
+        failures.append(error)
+
+
+def _sentences(inputs: Iterable[Path]) -> Iterator[str]:
+    rejections = RejectionLog()
+    for path in inputs:
+        for document in read_documents(path, reject=rejections):
+            for line in document.text.splitlines():
+                yield from _pieces(line)
+    if rejections.count:
+        warn(rejections.summary())
+
+
+def _pieces(line: str) -> Iterator[str]:
+    """The line in parts short enough for SentencePiece, cut at spaces where there are any."""
+    while len(line) > _MAX_SENTENCE_CHARACTERS:
+        cut = line.rfind(" ", 1, _MAX_SENTENCE_CHARACTERS)
+        cut = cut if cut > 0 else _MAX_SENTENCE_CHARACTERS
+        yield line[:cut]
+        line = line[cut:]
+    if line.strip():
+        yield line
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    Args:
+        path: a SentencePiece model file.
+        num_extra_ids: sentinels to put on top of the model's own ids (T5: 100).
+
+    Raises:
+        UserError: if the file is missing, no model, or does not follow T5's conventions.
+    """
+
+    def __init__(self, path: str | Path, num_extra_ids: int = 100) -> None:
+        self.path = Path(path)
+        try:
+            content = self.path.read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"cannot read the tokenizer '{path}': {error.strerror}. Give the path of a "
+                "SentencePiece model, e.g. one written by `megaswitch tokenizer`."
+            ) from error
+        self._model = sentencepiece.SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(content)
+        except RuntimeError as error:
+            raise UserError(
+                f"'{path}' is not a SentencePiece model, or is damaged. Copy or train it again."
+            ) from error
+        ids = (self._model.pad_id(), self._model.eos_id(), self._model.unk_id())
+        if ids != (PAD_ID, EOS_ID, _UNK_ID):
+            raise UserError(
+                f"'{path}' has the ids {ids} for pad, EOS and unknown, and must have "
+                f"{(PAD_ID, EOS_ID, _UNK_ID)} as T5 has. Train one with `megaswitch tokenizer`."
+            )
+        self.pad_id, self.eos_id, self.unk_id = ids
+        self.num_extra_ids = num_extra_ids
+        self.sha256 = hashlib.sha256(content).hexdigest()
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids in all, sentinels included."""
+        return self._model.get_piece_size() + self.num_extra_ids
+
+    @property
+    def info(self) -> TokenizerInfo:
+        """What a corpus made with this tokenizer remembers of it."""
+        return TokenizerInfo(self.sha256, self.vocab_size, self.num_extra_ids)
+
+    def sentinel_id(self, number: int) -> int:
+        """Id of `<extra_id_number>`; number 0 is the top of the vocabulary."""
+        assert 0 <= number < self.num_extra_ids, (number, self.num_extra_ids)
+        return self.vocab_size - 1 - number
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without EOS; `<extra_id_n>` in it becomes that sentinel."""
+        ids: list[int] = []
+        end = 0
+        for match in _SENTINEL.finditer(text):
+            if int(match[1]) < self.num_extra_ids:
+                ids += self._model.encode(text[end : match.start()])
+                ids.append(self.sentinel_id(int(match[1])))
+                end = match.end()
+        return ids + self._model.encode(text[end:])
+
+    def encode_batch(self, texts: Sequence[str], *, threads: int = 1) -> list[list[int]]:
+        """Ids of many texts in parallel, for corpora: `<extra_id_n>` is text like any other.
+
+        A corpus that could write sentinels would teach the model to take them for text.
+        """
+        return self._model.encode(list(texts), num_threads=threads)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids, sentinels as `<extra_id_n>`; pad and EOS vanish.
+
+        Ids beyond the vocabulary, which a model of padded vocabulary can produce, are unknown.
+        """
+        parts: list[str] = []
+        run: list[int] = []
+        size = self._model.get_piece_size()
+        for token in ids:
+            if size <= token < self.vocab_size:
+                parts += [self._model.decode(run), f"<extra_id_{self.vocab_size - 1 - token}>"]
+                run = []
+            else:
+                run.append(token if 0 <= token < size else self.unk_id)
+        parts.append(self._model.decode(run))
+        return " ".join(part for part in parts if part)

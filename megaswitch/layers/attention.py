@@ -1,0 +1,134 @@
+"""T5 attention: no 1/√d scale (it is in q's initialisation), relative-position bias, no biases."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megaswitch.layers.linear import Linear
+from megaswitch.layers.noise import Noise
+from megaswitch.layers.norm import at_least_fp32
+from megaswitch.layers.parameter import Init, parameter
+
+# Finite, so that a row of nothing but padding attends evenly instead of giving NaN; and far from
+# the limits of fp32 and bf16, so that causal and padding masks may be added up.
+MASKED = -1e30
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `x` over `memory`.
+
+    q, k, v and o are separate parameters: Adafactor's statistics and conversion need them apart.
+    Initial deviations are Mesh-TF's: q (d_model·d_kv)^-½, k and v d_model^-½, o (heads·d_kv)^-½.
+    """
+
+    def __init__(
+        self, d_model: int, num_heads: int, d_kv: int, *, dropout: float, site: str
+    ) -> None:
+        super().__init__()
+        inner = num_heads * d_kv
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.site = site
+        query_init = Init("normal", (d_model * d_kv) ** -0.5)
+        memory_init = Init("normal", d_model**-0.5)
+        self.q = Linear(d_model, inner, shard="column", init=query_init)
+        self.k = Linear(d_model, inner, shard="column", init=memory_init)
+        self.v = Linear(d_model, inner, shard="column", init=memory_init)
+        self.o = Linear(inner, d_model, shard="row", init=Init("normal", inner**-0.5))
+
+    def forward(
+        self, x: Tensor, memory: Tensor, bias: Tensor | None, noise: Noise | None
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x: [B, Q, d_model], where queries come from.
+            memory: [B, K, d_model], where keys and values come from.
+            bias: added to the scores, broadcastable to [B, heads, Q, K]; masks are part of it.
+            noise: randomness of a training step, or None.
+
+        Returns:
+            [B, Q, d_model].
+        """
+        q, k, v = self._split(self.q(x)), self._split(self.k(memory)), self._split(self.v(memory))
+        learns = bias is not None and bias.requires_grad
+        if learns or (noise is not None and self.dropout):
+            heads = self._explicit(q, k, v, bias, noise)
+        else:
+            mask = None if bias is None else bias.to(q.dtype)
+            heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+        return self.o(heads.transpose(1, 2).flatten(2))
+
+    def _explicit(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, noise: Noise | None
+    ) -> Tensor:
+        """Attention step by step: for counted dropout, and for a bias that learns.
+
+        torch's fused kernels give no gradient to the bias; its own fallback does the same as this
+        and also looks for rows that are masked throughout, which ours (finite) never are.
+        """
+        scores = at_least_fp32(q @ k.transpose(-1, -2))
+        weights = torch.softmax(scores if bias is None else scores + bias, -1)
+        if noise is not None and self.dropout:
+            weights = noise.dropout(weights, self.dropout, f"{self.site}.weights")
+        return weights.to(v.dtype) @ v
+
+    def _split(self, x: Tensor) -> Tensor:
+        """[B, L, heads·d_kv] to [B, heads, L, d_kv]."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class RelativeBias(nn.Module):
+    """One learned score per head and bucket of relative position, shared by the blocks of a stack.
+
+    Half the buckets are exact distances, half logarithmic up to `max_distance`; a bidirectional
+    stack splits them between past and future. `weight` is [buckets, heads].
+    """
+
+    def __init__(
+        self, num_heads: int, *, buckets: int, max_distance: int, bidirectional: bool, init: Init
+    ) -> None:
+        super().__init__()
+        self.buckets = buckets
+        self.max_distance = max_distance
+        self.bidirectional = bidirectional
+        self.weight = parameter((buckets, num_heads), (None, "tp"), init, is_bias=True)
+
+    def forward(self, queries: int, keys: int) -> Tensor:
+        """Bias [1, heads, queries, keys] for positions counted from 0."""
+        device = self.weight.device
+        relative = torch.arange(keys, device=device) - torch.arange(queries, device=device)[:, None]
+        return self.weight[self.bucket(relative)].permute(2, 0, 1)[None]
+
+    def bucket(self, relative: Tensor) -> Tensor:
+        """Bucket of each relative position (key − query), int64 of the same shape."""
+        buckets = self.buckets
+        offset: Tensor | int = 0
+        if self.bidirectional:
+            buckets //= 2
+            offset = (relative > 0) * buckets
+            distance = relative.abs()
+        else:
+            distance = (-relative).clamp(min=0)
+        exact = buckets // 2
+        # The clamp only keeps log(0) out of the branch that `where` discards.
+        ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(
+            self.max_distance / exact
+        )
+        far = (exact + (ratio * (buckets - exact)).long()).clamp(max=buckets - 1)
+        return offset + torch.where(distance < exact, distance, far)
+
+
+def causal_bias(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[1, 1, length, length]: 0 where a key is not after its query, else `MASKED`."""
+    full = torch.full((length, length), MASKED, dtype=dtype, device=device)
+    return full.triu(1)[None, None]
+
+
+def padding_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, 1, 1, K] from `mask` [B, K] (True: real): 0 there, else `MASKED`."""
+    return (~mask).to(dtype)[:, None, None, :] * MASKED

@@ -1,0 +1,117 @@
+"""Linear maps without bias: dense ones, and stacks applied to rows grouped by expert."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from megaswitch.layers.parameter import Init, parameter
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ with `weight` [out, in].
+
+    Args:
+        shard: "column" slices the outputs over tp, "row" the inputs.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, *, shard: Literal["column", "row"], init: Init
+    ) -> None:
+        super().__init__()
+        axes = ("tp", None) if shard == "column" else (None, "tp")
+        self.weight = parameter((outputs, inputs), axes, init)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., in] to [..., out]."""
+        return F.linear(x, self.weight)
+
+
+class GroupedLinear(nn.Module):
+    """One linear map for each expert: `weight` [E, out, in].
+
+    Args:
+        shard: "column" slices each expert's outputs over tp, "row" its inputs.
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        inputs: int,
+        outputs: int,
+        *,
+        shard: Literal["column", "row"],
+        init: Init,
+    ) -> None:
+        super().__init__()
+        axes = ("ep", "tp", None) if shard == "column" else ("ep", None, "tp")
+        self.weight = parameter((experts, outputs, inputs), axes, init)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Map rows [N, in] to [N, out]; see `grouped_linear`."""
+        return grouped_linear(x, self.weight, ends)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Apply expert e's matrix to rows ends[e-1] … ends[e] of `x`; rows past ends[-1] give zero.
+
+    Args:
+        x: [N, in], sorted by expert. N is a multiple of nothing.
+        weight: [E, out, in].
+        ends: [E] int32, cumulative row counts.
+
+    Returns:
+        [N, out] in `x`'s dtype, or in autocast's.
+    """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        x, weight = x.to(dtype), weight.to(dtype)
+    if kind == "cpu":
+        return _SlicedLinear.apply(x, weight, ends)
+    y = F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    # The kernel leaves the rows past the last offset uninitialised, in y and in x's gradient.
+    filled = torch.arange(len(x), device=x.device) < ends[-1]
+    return torch.where(filled[:, None], y, 0.0)
+
+
+class _SlicedLinear(torch.autograd.Function):
+    """Grouped linear as one GEMM a slice, written straight into the result.
+
+    On a CPU this beats `F.grouped_mm`, which also refuses float64. The weight's gradient is one
+    tensor filled in place: indexing `weight[e]` under autograd would build a full stack per expert.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        bounds = [0, *ends.tolist()]
+        ctx.save_for_backward(x, weight)
+        ctx.bounds = bounds
+        y = x.new_empty(len(x), weight.shape[1])
+        for matrix, (start, end) in zip(weight, itertools.pairwise(bounds), strict=True):
+            if end > start:
+                torch.mm(x[start:end], matrix.t(), out=y[start:end])
+        y[bounds[-1] :].zero_()
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        bounds = ctx.bounds
+        grad = grad.contiguous()
+        x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        weight_grad = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        for expert, (start, end) in enumerate(itertools.pairwise(bounds)):
+            if x_grad is not None and end > start:
+                torch.mm(grad[start:end], weight[expert], out=x_grad[start:end])
+            if weight_grad is not None:  # an expert without rows still gets its zeros
+                torch.mm(grad[start:end].t(), x[start:end], out=weight_grad[expert])
+        if x_grad is not None:
+            x_grad[bounds[-1] :].zero_()
+        return x_grad, weight_grad, None

@@ -1,0 +1,71 @@
+"""The two ends of the model: token embedding, output head, and the loss over the vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megaswitch.layers.norm import at_least_fp32
+from megaswitch.layers.parameter import Init, parameter
+
+
+class Embedding(nn.Module):
+    """Rows of `weight` [V, d_model], N(0, 1) at the start as in Mesh-TF."""
+
+    def __init__(self, vocab_size: int, d_model: int) -> None:
+        super().__init__()
+        self.weight = parameter((vocab_size, d_model), ("tp", None), Init("normal", 1.0))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Look up tokens [B, L] int64, giving [B, L, d_model]."""
+        return F.embedding(tokens, self.weight)
+
+
+class Head(nn.Module):
+    """Logits of an untied model: `weight` [V, d_model]."""
+
+    def __init__(self, vocab_size: int, d_model: int, init: Init) -> None:
+        super().__init__()
+        self.weight = parameter((vocab_size, d_model), ("tp", None), init)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map hidden [B, L, d_model] to logits [B, L, V]."""
+        return F.linear(hidden, self.weight)
+
+
+def tied_logits(hidden: Tensor, embedding: Embedding) -> Tensor:
+    """Logits through the embedding's table, times d_model^-½ since its entries have unit size."""
+    return F.linear(hidden * embedding.weight.shape[1] ** -0.5, embedding.weight)
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """Sums over the counted target tokens.
+
+    Attributes:
+        cross_entropy: scalar, nats.
+        log_z_squared: scalar, Σ log²Z of the softmax (T5's logit z-loss before its weight).
+        tokens: scalar int64, how many were counted.
+        correct: scalar int64, how many had the largest logit.
+    """
+
+    cross_entropy: Tensor
+    log_z_squared: Tensor
+    tokens: Tensor
+    correct: Tensor
+
+
+def token_losses(logits: Tensor, targets: Tensor, mask: Tensor) -> TokenLosses:
+    """Sum the loss of logits [B, L, V] against targets [B, L] where `mask` [B, L] is True."""
+    wide = at_least_fp32(logits)
+    log_z = torch.logsumexp(wide, -1)
+    chosen = wide.gather(-1, targets[..., None]).squeeze(-1)
+    return TokenLosses(
+        cross_entropy=((log_z - chosen) * mask).sum(),
+        log_z_squared=(log_z.square() * mask).sum(),
+        tokens=mask.sum(),
+        correct=((logits.detach().argmax(-1) == targets) & mask).sum(),
+    )

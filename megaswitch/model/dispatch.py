@@ -1,0 +1,94 @@
+"""Bringing tokens together by expert, and back.
+
+Everything is a permutation: kept tokens first, sorted by expert and then by position; the rest
+behind them. Shapes are static and nothing is read by the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def _inverse(order: Tensor) -> Tensor:
+    """The inverse of a permutation [N] int64."""
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    return inverse
+
+
+def _segment_starts(sorted_keys: Tensor, num_keys: int) -> Tensor:
+    """[num_keys] where each key's run starts in `sorted_keys`."""
+    keys = torch.arange(num_keys, device=sorted_keys.device)
+    return torch.searchsorted(sorted_keys, keys)
+
+
+def queue_positions(expert: Tensor, candidates: Tensor, num_experts: int) -> Tensor:
+    """Each token's place, from 0, among the candidates of its group and expert, in token order.
+
+    Args:
+        expert: [G, S] int64.
+        candidates: [G, S] bool; the place of a token that is none means nothing.
+
+    Returns:
+        [G, S] int64.
+    """
+    num_groups = len(expert)
+    group = torch.arange(num_groups, device=expert.device)[:, None]
+    # Non-candidates go to a queue of their own, so that they take nobody's place.
+    num_queues = num_groups * num_experts
+    queue = torch.where(candidates, group * num_experts + expert, num_queues).flatten()
+    sorted_queue, order = torch.sort(queue, stable=True)
+    starts = _segment_starts(sorted_queue, num_queues + 1)
+    ranks = torch.arange(len(queue), device=queue.device) - starts[sorted_queue]
+    return ranks[_inverse(order)].view(expert.shape)
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """A permutation of N tokens that sorts the kept ones by expert.
+
+    Attributes:
+        order: [N] int64, the token at each sorted row.
+        inverse: [N] int64, the sorted row of each token.
+        ends: [E] int32, rows of experts 0 … e; rows past ends[-1] were dropped.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    ends: Tensor
+
+    @classmethod
+    def by_expert(cls, expert: Tensor, kept: Tensor, num_experts: int) -> Dispatch:
+        """Sort tokens by `expert` (any shape, int64) where `kept` (bool) holds."""
+        key = torch.where(kept, expert, num_experts).flatten()
+        sorted_key, order = torch.sort(key, stable=True)
+        ends = _segment_starts(sorted_key, num_experts + 1)[1:]
+        return cls(order=order, inverse=_inverse(order), ends=ends.int())
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Token rows x [N, d] in expert order."""
+        return _Permute.apply(x, self.order, self.inverse)
+
+    def restore(self, y: Tensor) -> Tensor:
+        """Rows y [N, d] in expert order back in token order."""
+        return _Permute.apply(y, self.inverse, self.order)
+
+
+class _Permute(torch.autograd.Function):
+    """x[order], whose backward gathers by the inverse where autograd would scatter-add."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None

@@ -1,0 +1,1 @@
+"""Floor 4. Optimizers and learning-rate schedules; parameters tell their sharding themselves."""

@@ -1,0 +1,1 @@
+"""Floor 1. Process groups, sharding declarations and collectives; knows nothing of models."""

@@ -1,0 +1,105 @@
+"""Rules between configuration keys. Each problem states the value, the rule and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megaswitch.schema import ModelConfig, RunConfig, TrainConfig
+
+
+def check(config: RunConfig, world_size: int = 1) -> list[str]:
+    """Problems between keys, each with value, rule and remedy. Needs no process group."""
+    return [*_check_model(config.model), *_check_batch(config, world_size), *_check_rest(config)]
+
+
+def _check_model(model: ModelConfig) -> Iterator[str]:
+    if model.relative_buckets % 4:
+        yield (
+            f"model.relative_buckets={model.relative_buckets} must be a multiple of 4 "
+            "(two directions, exact and logarithmic halves); use 32"
+        )
+    for stack in ("encoder", "decoder"):
+        step = getattr(model.moe, f"{stack}_sparse_step")
+        layers = model.num_layers(stack)
+        if model.moe.num_experts and step > layers:
+            yield (
+                f"model.moe.{stack}_sparse_step={step} must not exceed model.num_{stack}_layers="
+                f"{layers}, or no layer is sparse; use 1 … {layers}, or 0 for a dense {stack}"
+            )
+    if model.moe.num_experts and not (
+        model.moe.encoder_sparse_step or model.moe.decoder_sparse_step
+    ):
+        yield (
+            f"model.moe.num_experts={model.moe.num_experts} but both sparse steps are 0; "
+            "give one, or set num_experts=0 for a dense model"
+        )
+
+
+def _check_batch(config: RunConfig, world_size: int) -> Iterator[str]:
+    train, moe = config.train, config.model.moe
+    share = train.micro_batch_size * world_size
+    if train.batch_size % share:
+        yield (
+            f"train.batch_size={train.batch_size} must be a multiple of train.micro_batch_size × "
+            f"ranks = {train.micro_batch_size} × {world_size} = {share}; "
+            f"use {max(1, round(train.batch_size / share)) * share}"
+        )
+    if train.rampup_batch_size is not None:
+        yield from _check_rampup(train, share)
+    if not moe.num_experts or moe.capacity_mode == "hf":
+        return
+    length = config.data.encoder_length
+    if moe.group_size % length:
+        yield (
+            f"model.moe.group_size={moe.group_size} must be a multiple of data.encoder_length="
+            f"{length}, so that a routing group holds whole rows; "
+            f"use {max(1, round(moe.group_size / length)) * length}"
+        )
+    elif train.micro_batch_size % (rows := moe.group_size // length):
+        yield (
+            f"train.micro_batch_size={train.micro_batch_size} must be a multiple of the {rows} "
+            f"rows of a routing group (model.moe.group_size={moe.group_size} / "
+            f"data.encoder_length={length}); use {max(1, train.micro_batch_size // rows) * rows} "
+            f"or a smaller group_size"
+        )
+
+
+def _check_rampup(train: TrainConfig, share: int) -> Iterator[str]:
+    start, increment = train.rampup_batch_size, train.rampup_increment
+    assert start is not None
+    if increment is None or train.rampup_samples is None:
+        yield (
+            f"train.rampup_batch_size={start} needs train.rampup_increment and "
+            "train.rampup_samples too"
+        )
+    elif start % share or increment % share or (train.batch_size - start) % increment:
+        yield (
+            f"train.rampup_batch_size={start} must be a multiple of {share} (micro batch × ranks) "
+            f"and reach train.batch_size={train.batch_size} in steps of "
+            f"train.rampup_increment={increment}, itself a multiple of {share}"
+        )
+    elif start > train.batch_size:
+        yield (
+            f"train.rampup_batch_size={start} must not exceed train.batch_size="
+            f"{train.batch_size}; the batch only grows"
+        )
+
+
+def _check_rest(config: RunConfig) -> Iterator[str]:
+    optim, train = config.optim, config.train
+    if optim.schedule == "wsd" and optim.decay_steps is None:
+        yield "optim.schedule='wsd' needs optim.decay_steps; a tenth of train.steps is common"
+    if optim.schedule in ("linear", "cosine", "wsd"):
+        used = optim.warmup_steps + (optim.decay_steps or 0)
+        if used > train.steps:
+            yield (
+                f"optim.warmup_steps={optim.warmup_steps} (and decay) must fit in train.steps="
+                f"{train.steps} with optim.schedule={optim.schedule!r}; use fewer"
+            )
+    if optim.min_learning_rate > optim.learning_rate:
+        yield (
+            f"optim.min_learning_rate={optim.min_learning_rate} must not exceed "
+            f"optim.learning_rate={optim.learning_rate}"
+        )

@@ -1,0 +1,229 @@
+"""Every configuration key, as frozen dataclasses with their types, bounds and defaults.
+
+`only_if` declares, beside a key, when the rest of the configuration gives it a meaning; a key that
+is written while it has none is an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+_STRICT = ConfigDict(extra="forbid")
+Rate = Field(default=0.0, ge=0.0, lt=1.0)
+
+
+def only_if(key: str, *values: object) -> dict[str, Any]:
+    """Declare that a field matters only while `key` holds one of `values`, or is truthy."""
+    return {"only_if": {"key": key, "values": list(values)}}
+
+
+def _switch_only(default: Any, description: str, **rules: Any) -> Any:
+    extra = rules.pop("json_schema_extra", only_if("model.moe.num_experts"))
+    return Field(default=default, description=description, json_schema_extra=extra, **rules)
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class MoEConfig:
+    """The Switch layers. With `num_experts` 0 the model is a dense T5. Source: SPEC §1."""
+
+    num_experts: int = Field(default=0, ge=0, description="experts per Switch layer; 0: dense")
+    encoder_sparse_step: int = _switch_only(
+        2, "every n-th encoder layer (n-1, 2n-1, …) is sparse; 0: none", ge=0
+    )
+    decoder_sparse_step: int = _switch_only(
+        2, "every n-th decoder layer (n-1, 2n-1, …) is sparse; 0: none", ge=0
+    )
+    capacity_mode: Literal["group", "hf", "dropless"] = _switch_only(
+        "group", "group: the paper's; hf: fixed slots per row and expert; dropless: no limit"
+    )
+    group_size: int = _switch_only(
+        1024,
+        "encoder tokens routed together; a group holds group_size / encoder_length whole rows",
+        gt=0,
+        json_schema_extra=only_if("model.moe.capacity_mode", "group", "dropless"),
+    )
+    train_capacity_factor: float = _switch_only(
+        1.25,
+        "slots per expert in training, as a multiple of an even share",
+        gt=0,
+        json_schema_extra=only_if("model.moe.capacity_mode", "group"),
+    )
+    eval_capacity_factor: float = _switch_only(
+        2.0,
+        "the same in evaluation",
+        gt=0,
+        json_schema_extra=only_if("model.moe.capacity_mode", "group"),
+    )
+    min_capacity: int = _switch_only(
+        4,
+        "fewest slots per expert and group",
+        ge=0,
+        json_schema_extra=only_if("model.moe.capacity_mode", "group"),
+    )
+    hf_capacity: int = _switch_only(
+        64,
+        "slots per row and expert (HF's expert_capacity)",
+        gt=0,
+        json_schema_extra=only_if("model.moe.capacity_mode", "hf"),
+    )
+    jitter: float = _switch_only(
+        1e-2, "router input is multiplied by U(1-jitter, 1+jitter) in training", ge=0, lt=1
+    )
+    aux_loss_weight: float = _switch_only(1e-2, "weight α of the load-balancing loss", ge=0)
+    aux_loss_reduction: Literal["sum", "mean"] = _switch_only(
+        "sum", "over layers: sum as Mesh-TF (the paper's code), mean as T5X"
+    )
+    aux_loss_padding: Literal["scaled", "excluded"] = _switch_only(
+        "scaled",
+        "scaled: padding counts, the loss is scaled by the rest's share (Mesh-TF); "
+        "excluded: padding does not count",
+    )
+    z_loss_weight: float = _switch_only(0.0, "weight of the router z-loss (ST-MoE; 0: off)", ge=0)
+    expert_dropout: float | None = _switch_only(
+        None, "dropout inside the experts; unset: model.dropout (the paper fine-tunes with 0.4)",
+        ge=0, lt=1,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ModelConfig:
+    """Shape of the encoder-decoder. Source: SPEC §2."""
+
+    preset: str | None = Field(default=None, description="a name of `megaswitch presets`")
+    vocab_size: int = Field(default=32128, gt=0, description="rows of the embedding")
+    d_model: int = Field(default=512, gt=0)
+    d_kv: int = Field(default=64, gt=0, description="size of one attention head")
+    d_ff: int = Field(default=2048, gt=0, description="hidden size of an FFN or of one expert")
+    num_heads: int = Field(default=8, gt=0)
+    num_encoder_layers: int = Field(default=6, gt=0)
+    num_decoder_layers: int = Field(default=6, gt=0)
+    activation: Literal["relu", "gated-gelu"] = "relu"
+    tie_embeddings: bool = Field(
+        default=True, description="one table for embedding and head, logits × d_model^-½"
+    )
+    relative_buckets: int = Field(default=32, ge=4, description="buckets of relative position")
+    relative_max_distance: int = Field(default=128, gt=0)
+    norm_epsilon: float = Field(default=1e-6, gt=0)
+    dropout: float = Rate
+    init_scale: float = Field(
+        default=0.1, gt=0, description="s in σ = √(s / fan-in) of FFNs, experts, router, head"
+    )
+    moe: MoEConfig = Field(default_factory=MoEConfig)
+
+    def is_sparse(self, stack: Literal["encoder", "decoder"], index: int) -> bool:
+        """True if layer `index` (from 0) of `stack` is a Switch layer (Flaxformer's placement)."""
+        step = self.moe.encoder_sparse_step if stack == "encoder" else self.moe.decoder_sparse_step
+        return self.moe.num_experts > 0 and step > 0 and index % step == step - 1
+
+    def num_layers(self, stack: Literal["encoder", "decoder"]) -> int:
+        """Blocks in `stack`."""
+        return self.num_encoder_layers if stack == "encoder" else self.num_decoder_layers
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class DataConfig:
+    """What is read. Paths are prefixes of a `.bin`/`.idx` pair."""
+
+    train: str | None = Field(default=None, description="training tokens")
+    valid: str | None = Field(default=None, description="held-out tokens")
+    tokenizer: str | None = Field(default=None, description="SentencePiece model file")
+    encoder_length: int = Field(default=512, ge=8, description="tokens per encoder row")
+    decoder_length: int | None = Field(
+        default=None, gt=0, description="tokens per decoder row; unset: as many as needed"
+    )
+    noise_density: float = Field(default=0.15, gt=0, lt=1, description="share of tokens masked")
+    mean_span_length: float = Field(default=3.0, ge=1, description="mean tokens per masked span")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class OptimConfig:
+    """Optimizer and learning rate. The defaults are T5's pre-training recipe (SPEC §3)."""
+
+    name: Literal["adafactor", "adamw"] = "adafactor"
+    learning_rate: float = Field(default=1.0, ge=0, description="peak rate; rsqrt: its numerator")
+    schedule: Literal["rsqrt", "constant", "linear", "cosine", "wsd"] = "rsqrt"
+    warmup_steps: int = Field(
+        default=10_000, ge=0, description="linear ramp; rsqrt: the flat part instead"
+    )
+    decay_steps: int | None = Field(
+        default=None, gt=0, description="length of wsd's final decay",
+        json_schema_extra=only_if("optim.schedule", "wsd"),
+    )  # fmt: skip
+    min_learning_rate: float = Field(
+        default=0.0, ge=0, json_schema_extra=only_if("optim.schedule", "linear", "cosine", "wsd")
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled; matrices only")
+    clip_grad_norm: float | None = Field(default=None, gt=0, description="global norm; unset: off")
+    beta1: float = Field(default=0.9, ge=0, lt=1, json_schema_extra=only_if("optim.name", "adamw"))
+    beta2: float = Field(default=0.95, ge=0, lt=1, json_schema_extra=only_if("optim.name", "adamw"))
+    epsilon: float = Field(default=1e-8, gt=0, json_schema_extra=only_if("optim.name", "adamw"))
+    decay_exponent: float = Field(
+        default=0.8, gt=0, json_schema_extra=only_if("optim.name", "adafactor")
+    )
+    clip_threshold: float = Field(
+        default=1.0, gt=0, json_schema_extra=only_if("optim.name", "adafactor")
+    )
+    epsilon1: float = Field(
+        default=1e-30, gt=0, json_schema_extra=only_if("optim.name", "adafactor")
+    )
+    epsilon2: float = Field(
+        default=1e-3, gt=0, json_schema_extra=only_if("optim.name", "adafactor")
+    )
+    factored_min_dim: int = Field(
+        default=128, gt=0, json_schema_extra=only_if("optim.name", "adafactor")
+    )
+    scale_by_parameter: bool = Field(
+        default=True, json_schema_extra=only_if("optim.name", "adafactor")
+    )
+    expert_statistics: Literal["per-expert", "joint"] = Field(
+        default="per-expert", json_schema_extra=only_if("optim.name", "adafactor"),
+        description="update clipping and scaling: per expert (T5X) or over the stack (Mesh-TF)",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class TrainConfig:
+    """The loop. Batch sizes count sequences."""
+
+    run_dir: str = Field(default="runs/run", description="metrics, config and checkpoints")
+    steps: int = Field(default=1000, gt=0)
+    seed: int = Field(default=0, ge=0)
+    batch_size: int = Field(default=64, gt=0, description="sequences per optimizer step, all ranks")
+    micro_batch_size: int = Field(default=8, gt=0, description="sequences per forward and rank")
+    rampup_batch_size: int | None = Field(default=None, gt=0, description="batch size at the start")
+    rampup_increment: int | None = Field(
+        default=None, gt=0, json_schema_extra=only_if("train.rampup_batch_size")
+    )
+    rampup_samples: int | None = Field(
+        default=None, gt=0, description="sequences until the full batch size",
+        json_schema_extra=only_if("train.rampup_batch_size"),
+    )  # fmt: skip
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    activation_checkpointing: bool = Field(default=False, description="recompute each block")
+    logits_z_loss: float = Field(default=1e-4, ge=0, description="weight of log²Z of the softmax")
+    log_interval: int = Field(default=10, gt=0, description="steps between metric lines")
+    valid_interval: int = Field(default=500, gt=0, description="steps between validations")
+    valid_samples: int = Field(default=256, gt=0, description="held-out sequences per validation")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class CheckpointConfig:
+    """When checkpoints are written and how many are kept. One is always written at the end."""
+
+    interval: int | None = Field(default=None, gt=0, description="steps between; unset: end only")
+    keep: int = Field(default=2, gt=0, description="newest checkpoints kept")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class RunConfig:
+    """Everything that decides a run."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
