@@ -1,8 +1,8 @@
 """MegaSwitch: the trainer for Switch Transformers, from a laptop to trillion-parameter clusters.
 
-    model = megaswitch.load_model("runs/demo")
-    out = model(encoder_tokens, decoder_tokens, encoder_mask=mask)
-    out.logits, out.encoder_hidden, out.aux_loss, out.routing["encoder.1.ffn"].expert
+model = megaswitch.load_model("runs/demo")
+out = model(encoder_tokens, decoder_tokens, encoder_mask=mask)
+out.logits, out.encoder_hidden, out.aux_loss, out.routing["encoder.1.ffn"].expert
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -64,13 +66,19 @@ def load_config(
     problems = [problem for text in overrides if (problem := _override(table, text))]
     config, more = _parse(table)
     problems += more
-    problems += _inactive(config, table)
     bad_keys = {problem.split("=")[0].split(" ")[0] for problem in problems}
+    problems += [p for p in _inactive(config, table) if not _speaks_of(p, bad_keys)]
     # A rule that speaks of a key already found wrong would only repeat it.
-    problems += [p for p in check(config, world_size) if not any(key in p for key in bad_keys)]
+    problems += [p for p in check(config, world_size) if not _speaks_of(p, bad_keys)]
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def _speaks_of(problem: str, keys: set[str]) -> bool:
+    """True if the sentence names one of `keys` or something inside it."""
+    names = re.findall(r"[\w.]*\w", problem)
+    return any(f"{name}.".startswith(f"{key}.") for name in names for key in keys)
 
 
 def model_config(preset: str) -> ModelConfig:
@@ -143,17 +151,24 @@ def _parse(table: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
     """A configuration from a table, its wrong keys left at their defaults, and what they were."""
     expanded, problems = _expand_preset(table)
     try:
-        return TypeAdapter(RunConfig).validate_python(expanded), problems
+        return _validate(expanded), problems
     except ValidationError as error:
+        known = known_keys()
+        known += {key.rpartition(".")[0]: None for key in known}  # a section may be misspelt too
         for detail in error.errors():
             path = [str(part) for part in detail["loc"]]
             key = ".".join(path)
             if detail["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-                problems.append(f"{key} is not a known key{_nearest(key, known_keys())}")
+                problems.append(f"{key} is not a known key{_nearest(key, known)}")
             else:
                 problems.append(f"{key}={detail['input']!r} is wrong: {detail['msg']}")
             _unset(expanded, path)
-    return TypeAdapter(RunConfig).validate_python(expanded), problems
+    return _validate(expanded), problems
+
+
+def _validate(table: Mapping[str, Any]) -> RunConfig:
+    """Build the dataclasses. By way of JSON: strict types, yet tables where dataclasses belong."""
+    return TypeAdapter(RunConfig).validate_json(json.dumps(table, default=str))
 
 
 def _expand_preset(table: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -162,7 +177,7 @@ def _expand_preset(table: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
     name = model.get("preset") if isinstance(model, dict) else None
     if name is None:
         return expanded, []
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         expanded["model"].pop("preset")
         known = _nearest(str(name), list(PRESETS)) or "; `megaswitch presets` lists them"
         return expanded, [f"model.preset={name!r} is not a preset{known}"]

@@ -20,6 +20,12 @@ def _check_model(model: ModelConfig) -> Iterator[str]:
             f"model.relative_buckets={model.relative_buckets} must be a multiple of 4 "
             "(two directions, exact and logarithmic halves); use 32"
         )
+    if model.relative_max_distance <= model.relative_buckets // 2:
+        yield (
+            f"model.relative_max_distance={model.relative_max_distance} must be greater than the "
+            f"{model.relative_buckets // 2} distances with a bucket of their own (half of "
+            "model.relative_buckets); use 128"
+        )
     for stack in ("encoder", "decoder"):
         step = getattr(model.moe, f"{stack}_sparse_step")
         layers = model.num_layers(stack)

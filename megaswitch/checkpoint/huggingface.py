@@ -18,10 +18,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from megaswitch.config import ModelConfig, MoEConfig, RunConfig, check
+from megaswitch.config import ModelConfig, MoEConfig, RunConfig
 from megaswitch.log import ConfigError, UserError
 from megaswitch.model.switch_transformer import SwitchTransformer
 from megaswitch.parallel.shard import spec_of
+from megaswitch.rules import check
 
 _SHARED = "shared.weight"
 _HEAD = "lm_head.weight"

@@ -13,8 +13,8 @@ from megaswitch.layers.noise import Noise
 from megaswitch.layers.norm import at_least_fp32
 from megaswitch.layers.parameter import Init, parameter
 
-# Finite, so that a row of nothing but padding attends evenly instead of giving NaN; and far from
-# the limits of fp32 and bf16, so that causal and padding masks may be added up.
+# Finite, so that a row of nothing but padding attends evenly instead of giving NaN; and far enough
+# from the limits of fp32 and bf16 to be added to.
 MASKED = -1e30
 
 

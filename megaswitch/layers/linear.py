@@ -74,10 +74,18 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         x, weight = x.to(dtype), weight.to(dtype)
     if kind == "cpu":
         return _SlicedLinear.apply(x, weight, ends)
-    y = F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
-    # The kernel leaves the rows past the last offset uninitialised, in y and in x's gradient.
-    filled = torch.arange(len(x), device=x.device) < ends[-1]
-    return torch.where(filled[:, None], y, 0.0)
+    return _grouped_mm(x, weight, ends)
+
+
+def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """`grouped_linear` as one kernel.
+
+    The kernel leaves the rows past the last offset uninitialised, in y and in x's gradient: one
+    `where` hides the former, the other, in its backward, the latter.
+    """
+    filled = (torch.arange(len(x), device=x.device) < ends[-1])[:, None]
+    y = F.grouped_mm(torch.where(filled, x, 0.0), weight.transpose(1, 2), offs=ends)
+    return torch.where(filled, y, 0.0)
 
 
 class _SlicedLinear(torch.autograd.Function):

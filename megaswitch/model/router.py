@@ -41,7 +41,8 @@ class Routing:
     Attributes:
         expert: [G, S] int64, the chosen expert (of dropped tokens too).
         gate: [G, S] in at least fp32, the chosen expert's probability, not renormalised.
-        kept: [G, S] bool, False where the expert's slots were taken, and on padding.
+        kept: [G, S] bool, False where the expert's slots were taken and, but in HF capacity mode,
+            on padding.
         probabilities: [G, S, E].
         aux_loss: scalar, mean over groups of E·Σ f·P (1 when even).
         z_loss: scalar, mean over groups of mean log²Z.
@@ -117,19 +118,18 @@ class SwitchRouter(nn.Module):
             return slots[0]
         return torch.tensor(slots, device=groups.real.device)[:, None]
 
-    def _counted(self, groups: TokenGroups) -> tuple[Tensor, Tensor]:
+    def _counted(self, groups: TokenGroups, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """[G, S] weight of each token in its group's means, and [G] weight of each group."""
+        real, exists = groups.real.to(dtype), groups.exists.to(dtype)
         if self.config.aux_loss_padding == "excluded":
-            counted = groups.real
-            share = torch.ones(len(counted), device=counted.device)
+            counted, share = real, torch.ones_like(real[:, 0])
         else:
-            counted = groups.exists
-            share = groups.real.sum(1) / counted.sum(1).clamp(min=1)
+            counted, share = exists, real.sum(1) / exists.sum(1)
         return counted / counted.sum(1, keepdim=True).clamp(min=1), share
 
     def _balance(self, probabilities: Tensor, expert: Tensor, groups: TokenGroups) -> Tensor:
         """Mean over groups of E·Σ_e f_e·P_e, f before any drop (paper eq. 4-6, Mesh-TF)."""
-        weight, share = (w.to(probabilities.dtype) for w in self._counted(groups))
+        weight, share = self._counted(groups, probabilities.dtype)
         proxy = torch.einsum("gse,gs->ge", probabilities, weight)
         density = torch.zeros_like(proxy).scatter_add_(1, expert, weight)
         per_group = (density * proxy).sum(1) * self.config.num_experts
@@ -137,6 +137,6 @@ class SwitchRouter(nn.Module):
 
     def _log_z(self, logits: Tensor, groups: TokenGroups) -> Tensor:
         """Mean over groups of the mean of log²Z (ST-MoE's router z-loss)."""
-        weight, share = (w.to(logits.dtype) for w in self._counted(groups))
+        weight, share = self._counted(groups, logits.dtype)
         per_group = (torch.logsumexp(logits, -1).square() * weight).sum(1)
         return (per_group * share).mean()

@@ -26,7 +26,7 @@ class LayerRouting:
     Attributes:
         expert: [B, L] int64, the expert chosen (of dropped tokens too).
         gate: [B, L], its probability.
-        kept: [B, L] bool, False where the expert was full, and on padding.
+        kept: [B, L] bool, False where the expert was full and, but in HF capacity mode, on padding.
         entropy: [B, L], of the router's distribution, nats.
     """
 
@@ -108,10 +108,13 @@ class Stack(nn.Module):
         """Run the blocks over x [B, L, d_model]; masks [B, L] bool are True on real tokens."""
         length = x.shape[1]
         bias = self.relative_bias(length, length)
+        hidden = None if mask is None else padding_bias(mask, bias.dtype)
         if self.name == "decoder":
-            bias = bias + causal_bias(length, bias.dtype, bias.device)
-        if mask is not None:
-            bias = bias + padding_bias(mask, bias.dtype)
+            future = causal_bias(length, bias.dtype, bias.device)
+            # The least, not the sum: a query that may see nothing then attends evenly to all.
+            hidden = future if hidden is None else torch.minimum(future, hidden)
+        if hidden is not None:
+            bias = bias + hidden
         memory_bias = None if memory_mask is None else padding_bias(memory_mask, bias.dtype)
         real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
         x = dropout(x, self.dropout, f"{self.name}.embedding", noise)

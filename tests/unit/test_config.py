@@ -104,6 +104,12 @@ def test_a_misplaced_key_hides_no_other_problem(tmp_path):
     assert len(problems("", "--train.batch_size=7")) == 2
 
 
+def test_a_wrong_section_silences_the_rules_about_it(tmp_path):
+    path = write(tmp_path, "train = 3\n[optim]\nschedule = 'linear'\n")
+    (problem,) = problems(path=path)
+    assert problem.startswith("train=3 is wrong")
+
+
 def test_a_wrong_value_is_not_reported_twice():
     (problem,) = problems("--train.micro_batch_size=0")
     assert problem.startswith("train.micro_batch_size=0 is wrong")

@@ -182,7 +182,7 @@ def run_hf(model: PreTrainedModel, batch: Batch, **arguments: Any) -> tuple[Resu
 def run_ours(
     model: SwitchTransformer, batch: Batch, *, aux: float = 0.0, z: float = 0.0
 ) -> tuple[Result, SwitchOutput]:
-    """Forward and backward of our mean cross-entropy plus weighted router losses; also our output."""
+    """Forward and backward of our mean cross-entropy plus router losses; also our output."""
     model.zero_grad()
     output = model(
         batch.encoder,

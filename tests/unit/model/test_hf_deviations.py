@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import hf_reference as ref
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from megaswitch.layers.noise import Noise
 from megaswitch.model.moe import SwitchFFN, group_tokens, into_groups
 from megaswitch.model.router import Routing
 from megaswitch.model.switch_transformer import SwitchTransformer
+from tests.unit.model import hf_reference as ref
 
 EXPERTS = 4
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import hf_reference as ref
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -19,6 +18,7 @@ from megaswitch.checkpoint.huggingface import from_hf, to_hf
 from megaswitch.layers.attention import RelativeBias
 from megaswitch.layers.norm import RMSNorm
 from megaswitch.layers.parameter import Init
+from tests.unit.model import hf_reference as ref
 
 FP64_TOLERANCE = 1e-12
 FP32_TOLERANCE = 2e-5
@@ -107,12 +107,17 @@ def test_router_losses_equal_hf_where_it_has_nothing_to_pool(
 ) -> None:
     """One Switch layer in each stack, routed row by row; HF's f is in fp32, so eighths only."""
     coefficients = {"router_aux_loss_coef": 0.3, "router_z_loss_coef": 0.2}
-    hf = ref.double(ref.switch(layers=(2, 3), **coefficients), monkeypatch)
+    # Both count f before anything is dropped.
+    hf = ref.double(ref.switch(layers=(2, 3), expert_capacity=1, **coefficients), monkeypatch)
     whole = ref.make_batch("none")
-    batch = ref.Batch(whole.encoder[:, :8], whole.decoder[:, :8], None, None, whole.labels[:, :8])
+    encoder, decoder, labels = (
+        tokens[:, :8].contiguous() for tokens in (whole.encoder, whole.decoder, whole.labels)
+    )
+    batch = ref.Batch(encoder, decoder, None, None, labels)
     assert ref.routing_margin(hf, batch) > 1e-4
     expected, _ = ref.run_hf(hf, batch, output_router_logits=True)
-    actual, _ = ref.run_ours(ref.ours_like(hf), batch, aux=0.3, z=0.2)
+    actual, output = ref.run_ours(ref.ours_like(hf), batch, aux=0.3, z=0.2)
+    assert not any(routing.kept.all() for routing in output.routing.values())
     assert ref.error(actual.loss, expected.loss) <= FP64_TOLERANCE
     for name, gradient in expected.gradients.items():
         assert ref.error(actual.gradients[name], gradient) <= FP64_TOLERANCE, name

@@ -5,12 +5,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from router_checks import CHECKS, close, config, identity_router, layer, oracle, route_table
 
 from megaswitch.config import MoEConfig
 from megaswitch.layers.noise import Noise
 from megaswitch.model.moe import SwitchFFN, group_tokens, into_groups
 from megaswitch.model.router import SwitchRouter, expert_capacity
+from tests.unit.model.router_checks import (
+    CHECKS,
+    close,
+    config,
+    identity_router,
+    layer,
+    oracle,
+    route_table,
+)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

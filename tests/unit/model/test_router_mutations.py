@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from router_checks import CHECKS
 
 from megaswitch.layers.noise import Noise
 from megaswitch.model import moe, router
 from megaswitch.model.router import SwitchRouter
 from megaswitch.model.switch_transformer import Stack, SwitchTransformer
+from tests.unit.model.router_checks import CHECKS
 
 
 def replace_routing(patch, change):

@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from router_checks import layer, oracle, tiny_model
 
 from megaswitch.layers.noise import Noise
 from megaswitch.model.switch_transformer import SwitchTransformer
 from megaswitch.parallel.shard import spec_of, undeclared
+from tests.unit.model.router_checks import layer, oracle, tiny_model
 
 SHAPES = {
     "relu-tied": {"activation": "relu", "tie_embeddings": True},
@@ -222,7 +222,7 @@ def test_activation_checkpointing_recomputes_every_block():
     calls = []
     for stack in (model.encoder, model.decoder):
         for block in stack.layers.values():
-            block.ffn.register_forward_hook(lambda module, *_: calls.append(module.site))
+            block.ffn.register_forward_pre_hook(lambda module, _: calls.append(module.site))
     for enabled, times in ((False, 1), (True, 2)):
         calls.clear()
         model.set_activation_checkpointing(enabled)
@@ -303,7 +303,7 @@ def routing_margin(model, *arguments):
 
 @shapes
 def test_gradients_equal_finite_differences(shape):
-    model = tiny_model(**shape, moe={"capacity_mode": "dropless"})
+    model = tiny_model(**shape, num_encoder_layers=2, moe={"capacity_mode": "dropless"})
     arguments = tokens(2, 4), tokens(2, 3, seed=1)
     assert routing_margin(model, *arguments) > 1e-4
     exact = gradients(model, *arguments)
@@ -312,7 +312,7 @@ def test_gradients_equal_finite_differences(shape):
     for name, weight in model.named_parameters():
         flat = weight.detach().view(-1)
         largest = exact[name].abs().flatten().argmax().item()
-        for index in (largest, *torch.randint(len(flat), (3,), generator=generator).tolist()):
+        for index in (largest, *torch.randint(len(flat), (2,), generator=generator).tolist()):
             values = []
             kept = flat[index].item()
             for sign in (1, -1):

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from megaswitch.log import UserError
 from megaswitch.optim.schedule import learning_rate
 
 

@@ -1,0 +1,71 @@
+"""What several suites need: a small corpus, and a run over it that takes a second."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megaswitch.data.indexed import IndexedWriter, TokenizerInfo
+
+VOCAB_SIZE = 192
+SENTINELS = 100
+
+# Models this small gain nothing from a second thread, and lose much where the cores are shared.
+torch.set_num_threads(1)
+
+
+def write_corpus(prefix: Path, tokens: int = 20_000, *, seed: int = 0) -> Path:
+    """Write text in which each token mostly decides the next, so that there is much to learn."""
+    generator = np.random.default_rng(seed)
+    low, high = 3, VOCAB_SIZE - SENTINELS
+    successor = np.random.default_rng(1).permutation(np.arange(low, high))
+    text = np.empty(tokens, dtype=np.int64)
+    text[0] = low
+    surprises = generator.random(tokens) < 0.1
+    random = generator.integers(low, high, tokens)
+    for i in range(1, tokens):
+        text[i] = random[i] if surprises[i] else successor[text[i - 1] - low]
+    info = TokenizerInfo("0" * 64, VOCAB_SIZE, SENTINELS)
+    with IndexedWriter(prefix, np.uint16, tokenizer=info) as writer:
+        for document in text.reshape(-1, 100):
+            writer.add_document(document)
+    return prefix
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prefix of a corpus of 20,000 tokens; `<prefix>-valid` has 4,000 more."""
+    prefix = tmp_path_factory.mktemp("corpus") / "tokens"
+    write_corpus(prefix)
+    write_corpus(prefix.with_name("tokens-valid"), 4_000, seed=7)
+    return prefix
+
+
+@pytest.fixture
+def run_options(corpus: Path, tmp_path: Path) -> list[str]:
+    """Overrides of a tiny Switch model's run in `tmp_path/run`."""
+    return [
+        f"--model.vocab_size={VOCAB_SIZE}",
+        "--model.d_model=32",
+        "--model.d_kv=8",
+        "--model.d_ff=64",
+        "--model.num_heads=4",
+        "--model.num_encoder_layers=2",
+        "--model.num_decoder_layers=2",
+        "--model.moe.num_experts=4",
+        "--model.moe.group_size=128",
+        f"--data.train={corpus}",
+        f"--data.valid={corpus}-valid",
+        "--data.encoder_length=64",
+        "--optim.learning_rate=0.05",
+        "--optim.schedule=constant",
+        "--optim.warmup_steps=4",
+        f"--train.run_dir={tmp_path / 'run'}",
+        "--train.batch_size=8",
+        "--train.micro_batch_size=4",
+        "--train.steps=12",
+        "--train.log_interval=1",
+        "--train.valid_interval=6",
+        "--train.valid_samples=10",
+    ]
