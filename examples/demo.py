@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import megaswitch
+from megaswitch.checkpoint.manager import find_checkpoint
 from megaswitch.data.tokenizer import Tokenizer
 from megaswitch.train.generate import greedy
 from megaswitch.train.metrics import read_metrics
@@ -73,7 +74,7 @@ def main() -> None:
     started = time.time()
     shutil.rmtree(RUN, ignore_errors=True)
     (RUN / "data").mkdir(parents=True)
-    run(f"megaswitch tokenizer train {CORPUS} --output {RUN}/data/spm.model --vocab-size 4096")
+    run(f"megaswitch tokenizer train {CORPUS} --output {RUN}/data/spm.model --vocab-size 2048")
     run(
         f"megaswitch preprocess {CORPUS} --tokenizer {RUN}/data/spm.model "
         f"--output {RUN}/data/classics --valid-fraction 0.05"
@@ -89,7 +90,7 @@ def main() -> None:
     print(f"\nHeld-out text tokens: loss {loss:.3f}, their unigram entropy {entropy:.3f}:")
     print(f"the model is {entropy - loss:.3f} nats better than knowing how frequent words are.")
     print("\nIt fills in blanks:")
-    fill_in(megaswitch.load_model(RUN), Tokenizer(RUN / "data" / "spm.model"))
+    fill_in(megaswitch.load_model(RUN), Tokenizer(find_checkpoint(RUN) / "tokenizer.model"))
     minutes = (trained - training) / 60, (time.time() - started) / 60
     print(f"\nTraining took {minutes[0]:.1f} minutes, the whole demo {minutes[1]:.1f}.")
     print(f"The curve is {RUN}/loss.png; `tensorboard --logdir {RUN}` shows every metric.")

@@ -1,4 +1,4 @@
-"""Named model shapes, as plain `[model]` tables (SPEC §2).
+"""Named model shapes, as plain `[model]` tables.
 
 Names are those of the public checkpoints. `*-paper` are the shapes of the paper's Table 9 where
 they differ from what was released. Group sizes and capacity factors are Flaxformer's
@@ -48,6 +48,7 @@ def _switch(dense: Table, num_experts: int, *, every: int = 2, **moe: Any) -> Ta
     }
 
 
+_TINY = _t5(128, 512, 4, 2, d_kv=32, vocab_size=2048)
 _BASE = _t5(768, 3072, 12, 12)
 _LARGE = _t5(1024, 4096, 16, 24)
 _XXL = _v1_1(4096, 10240, 64, 24)
@@ -58,10 +59,8 @@ _C_MOE: Table = {"every": 1, "group_size": 2048, "train_capacity_factor": 1.0, "
 
 PRESETS: dict[str, Table] = {
     # For a laptop: the demo's shape, and its dense twin of equal FLOPs per token.
-    "switch-tiny": _switch(
-        _t5(128, 512, 4, 4, d_kv=32, vocab_size=4096), 8, group_size=512, eval_capacity_factor=2.0
-    ),
-    "t5-tiny": _t5(128, 512, 4, 4, d_kv=32, vocab_size=4096),
+    "switch-tiny": _switch(_TINY, 8, group_size=512),
+    "t5-tiny": _TINY,
     "t5-small": _t5(512, 2048, 8, 6),
     "t5-base": _BASE,
     "t5-large": _LARGE,

@@ -27,7 +27,7 @@ def _switch_only(default: Any, description: str, **rules: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class MoEConfig:
-    """The Switch layers. With `num_experts` 0 the model is a dense T5. Source: SPEC §1."""
+    """The Switch layers. With `num_experts` 0 the model is a dense T5. Source: paper §2."""
 
     num_experts: int = Field(default=0, ge=0, description="experts per Switch layer; 0: dense")
     encoder_sparse_step: int = _switch_only(
@@ -90,7 +90,7 @@ class MoEConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class ModelConfig:
-    """Shape of the encoder-decoder. Source: SPEC §2."""
+    """Shape of the encoder-decoder (paper, Table 9)."""
 
     preset: str | None = Field(default=None, description="a name of `megaswitch presets`")
     vocab_size: int = Field(default=32128, gt=0, description="rows of the embedding")
@@ -129,7 +129,9 @@ class DataConfig:
 
     train: str | None = Field(default=None, description="training tokens")
     valid: str | None = Field(default=None, description="held-out tokens")
-    tokenizer: str | None = Field(default=None, description="SentencePiece model file")
+    tokenizer: str | None = Field(
+        default=None, description="SentencePiece model; checkpoints take it along"
+    )
     encoder_length: int = Field(default=512, ge=8, description="tokens per encoder row")
     decoder_length: int | None = Field(
         default=None, gt=0, description="tokens per decoder row; unset: as many as needed"
@@ -140,7 +142,10 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class OptimConfig:
-    """Optimizer and learning rate. The defaults are T5's pre-training recipe (SPEC §3)."""
+    """Optimizer and learning rate. The defaults are T5's pre-training recipe.
+
+    The paper names none; its code base (Mesh-TensorFlow with the t5 library) gives these.
+    """
 
     name: Literal["adafactor", "adamw"] = "adafactor"
     learning_rate: float = Field(default=1.0, ge=0, description="peak rate; rsqrt: its numerator")

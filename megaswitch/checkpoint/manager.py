@@ -63,12 +63,16 @@ class CheckpointManager:
     Args:
         run_dir: the run's folder; checkpoints lie in `checkpoints/` under it.
         keep: how many of the newest are kept.
+        tokenizer: file that every checkpoint takes along, so that it can read and write text.
     """
 
-    def __init__(self, run_dir: Path, *, keep: int, mesh: Mesh) -> None:
+    def __init__(
+        self, run_dir: Path, *, keep: int, mesh: Mesh, tokenizer: Path | None = None
+    ) -> None:
         self.folder = run_dir / "checkpoints"
         self.keep = keep
         self.mesh = mesh
+        self.tokenizer = tokenizer
 
     def save(
         self,
@@ -157,6 +161,8 @@ class CheckpointManager:
         if self.mesh.rank != 0:
             return
         content = {"format": FORMAT, "state": asdict(state), "files": sums}
+        if self.tokenizer:
+            shutil.copyfile(self.tokenizer, aside / "tokenizer.model")
         write_durably(aside / "config.toml", to_toml(config))
         write_durably(aside / "state.json", json.dumps(content, indent=1))
         _sync_folder(aside)

@@ -1,7 +1,7 @@
 """Parameters that carry their placement and their initial distribution.
 
 Each parameter is filled from a generator seeded by (run seed, parameter name, expert index), so a
-model starts identical whatever the layout it is trained under (DESIGN §3.4).
+model starts identical whatever the layout it is trained under.
 """
 
 from __future__ import annotations

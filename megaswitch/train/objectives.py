@@ -1,7 +1,7 @@
 """What is minimised: token cross-entropy and the router's auxiliary losses, as global means.
 
 Every term is divided by a count over the *global* batch, so gradients add up over micro-batches and
-ranks with no further factor (DESIGN, "Gradients are sums").
+ranks with no further factor.
 """
 
 from __future__ import annotations

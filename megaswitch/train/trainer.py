@@ -23,6 +23,7 @@ from megaswitch.checkpoint.manager import (
 from megaswitch.config import RunConfig, differences, to_toml
 from megaswitch.data.loader import SpanCorruptionLoader
 from megaswitch.data.span_corruption import Seq2SeqBatch
+from megaswitch.data.tokenizer import Tokenizer
 from megaswitch.layers.noise import Noise
 from megaswitch.log import UserError, info
 from megaswitch.model.count import count
@@ -67,7 +68,12 @@ class Trainer:
         model.set_activation_checkpointing(config.train.activation_checkpointing)
         optimizer = build_optimizer(model.parameters(), config.optim)
         run_dir = Path(config.train.run_dir)
-        manager = CheckpointManager(run_dir, keep=config.checkpoint.keep, mesh=mesh)
+        manager = CheckpointManager(
+            run_dir,
+            keep=config.checkpoint.keep,
+            mesh=mesh,
+            tokenizer=check_tokenizer(config, loader),
+        )
         found = checkpoints(manager.folder)
         if found:
             check_resume(found[-1], config)
@@ -241,9 +247,13 @@ class Trainer:
 
 
 class _Interrupt:
-    """Turns the first SIGINT or SIGTERM into a request; a second one acts as usual."""
+    """Turns the first SIGINT or SIGTERM into a request; one after `grace` seconds acts as usual.
+
+    The grace is for torchrun, which sends its workers the Ctrl-C that they got already.
+    """
 
     asked = False
+    grace = 5.0
 
     def __enter__(self) -> _Interrupt:
         self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -253,8 +263,11 @@ class _Interrupt:
         self._restore()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        self._restore()
+        if not self.asked:
+            self.asked, self._since = True, time.monotonic()
+        elif time.monotonic() - self._since > self.grace:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
@@ -303,6 +316,25 @@ def build_validation(config: RunConfig) -> Validation | None:
         samples=config.train.valid_samples,
         micro_batch_size=config.train.micro_batch_size,
     )
+
+
+def check_tokenizer(config: RunConfig, loader: SpanCorruptionLoader) -> Path | None:
+    """The tokenizer that checkpoints take along, if `data.tokenizer` names one.
+
+    Raises:
+        UserError: it is not the one that the training data was made with.
+    """
+    if config.data.tokenizer is None:
+        return None
+    tokenizer = Tokenizer(config.data.tokenizer)
+    meta = loader.store.meta
+    if meta is not None and meta.tokenizer_sha256 != tokenizer.sha256:
+        raise UserError(
+            f"data.tokenizer={config.data.tokenizer!r} is not the tokenizer that data.train="
+            f"{config.data.train!r} was made with (their SHA-256 differ); give that one, or "
+            "preprocess the text again"
+        )
+    return Path(config.data.tokenizer)
 
 
 def check_resume(path: Path, config: RunConfig) -> None:

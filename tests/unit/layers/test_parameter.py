@@ -1,4 +1,4 @@
-"""Initial values: SPEC §3's distributions, from streams that depend on (seed, name, expert)."""
+"""Initial values: the paper's distributions, from streams that depend on (seed, name, expert)."""
 
 import math
 
@@ -24,7 +24,7 @@ def model(*, experts=4, seed=0, dtype=torch.float32, **changes):
 
 
 def deviation(end_of_name):
-    """The σ that SPEC §3 and §8.7 give a parameter, and whether it is truncated at 2σ."""
+    """The σ that the paper and Mesh-TF give a parameter, and whether it is truncated at 2σ."""
     inner = HEADS * D_KV
     return {
         "router.weight": ((SCALE / D_MODEL) ** 0.5, True),

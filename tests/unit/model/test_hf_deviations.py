@@ -1,4 +1,4 @@
-"""Where HF 5.23 departs from the paper (SPEC §8): what HF gives, and that ours follows the paper.
+"""Where HF 5.23 departs from the paper: what HF gives, and that ours follows the paper.
 
 The comparisons with HF are there so that a release of HF that mends something is noticed.
 """

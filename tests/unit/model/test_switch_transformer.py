@@ -29,7 +29,7 @@ def close(actual, expected):
 
 
 def plain_switch_layer(ffn, x, mask, rows_per_group, training, dropout_factors):
-    """SPEC §1's layer, one token at a time."""
+    """The paper's layer, one token at a time."""
     logits = (x @ ffn.router.weight.T).detach().numpy()
     moe = ffn.router.config
     expert, _, kept, aux, z = oracle(logits, mask.numpy(), rows_per_group, moe, training)

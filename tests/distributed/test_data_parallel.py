@@ -1,0 +1,117 @@
+"""Two ranks train as one process does: losses, gradients, checkpoints, across launches."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megaswitch.checkpoint.manager import find_checkpoint
+from megaswitch.train.metrics import read_metrics
+
+GRADIENTS = """
+import sys
+import torch
+from pathlib import Path
+from megaswitch.config import load_config
+from megaswitch.parallel.data_parallel import sum_gradients
+from megaswitch.parallel.mesh import Mesh, world_size
+from megaswitch.train import trainer as module
+from megaswitch.train.metrics import LossMeter
+
+torch.set_default_dtype(torch.float64)
+target, *overrides = sys.argv[1:]
+mesh = Mesh.start("cpu")
+trainer = module.Trainer.build(load_config(None, overrides, world_size=world_size()), mesh)
+taken = {}
+
+def clip(parameters, max_norm):
+    taken.update({n: p.grad.clone() for n, p in trainer.model.named_parameters()})
+    return torch.zeros(())
+
+module.clip_gradients = clip
+losses = LossMeter(mesh.device)
+trainer._step(0.0, losses, None, False)
+taken["loss"] = torch.tensor(losses.summary(mesh)["loss"])
+if mesh.rank == 0:
+    torch.save(taken, target)
+mesh.stop()
+"""
+
+
+def launch(ranks: int, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*torchrun, f"--nproc-per-node={ranks}", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=check,
+    )
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    return {m["step"]: m["loss"] for m in read_metrics(run_dir / "metrics.jsonl") if "loss" in m}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_gradients_equal_one_process(run_options, tmp_path, ranks):
+    script = tmp_path / "gradients.py"
+    script.write_text(GRADIENTS)
+    options = [*run_options, "--model.dropout=0.1", "--train.micro_batch_size=2"]
+    for number in (1, ranks):
+        run_dir = f"--train.run_dir={tmp_path / f'ranks{number}'}"
+        launch(number, str(script), str(tmp_path / f"{number}.pt"), *options, run_dir)
+    one = torch.load(tmp_path / "1.pt", weights_only=True)
+    many = torch.load(tmp_path / f"{ranks}.pt", weights_only=True)
+    assert one.keys() == many.keys()
+    for name, gradient in one.items():
+        assert gradient.dtype == torch.float64
+        scale = gradient.abs().max()
+        assert scale > 0, name
+        assert (many[name] - gradient).abs().max() <= 1e-12 * scale, name
+
+
+def test_a_run_may_go_on_with_another_number_of_ranks(run_options, tmp_path):
+    config = tmp_path / "run.toml"
+    config.write_text("")
+    train = ["-m", "megaswitch", "train", str(config), *run_options]
+    straight = f"--train.run_dir={tmp_path / 'straight'}"
+    launch(1, *train, straight)
+    launch(2, *train, "--train.steps=4")
+    launch(1, *train, "--train.steps=8")
+    launch(2, *train)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "straight"), rel=1e-4)
+
+
+def test_two_ranks_resume_bit_for_bit(run_options, tmp_path):
+    config = tmp_path / "run.toml"
+    config.write_text("")
+    train = ["-m", "megaswitch", "train", str(config), *run_options]
+    launch(2, *train, f"--train.run_dir={tmp_path / 'straight'}")
+    launch(2, *train, "--train.steps=5")
+    launch(2, *train)
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+    resumed, straight = (
+        {k: v for file in find_checkpoint(tmp_path / d).glob("*.safetensors")
+         for k, v in load_file(file).items()}
+        for d in ("run", "straight")
+    )  # fmt: skip
+    assert resumed.keys() == straight.keys()
+    for name, value in straight.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def test_a_batch_that_two_ranks_cannot_share_is_refused_before_they_meet(run_options, tmp_path):
+    config = tmp_path / "run.toml"
+    config.write_text("")
+    options = [*run_options, "--train.batch_size=12", "--train.micro_batch_size=4"]
+    process = launch(2, "-m", "megaswitch", "train", str(config), *options, check=False)
+    assert process.returncode != 0
+    assert "train.batch_size=12 must be a multiple of" in process.stderr
+    assert "4 × 2 = 8; use" in process.stderr
+    assert "Traceback (most recent call last)" not in process.stderr.split("elastic")[0]

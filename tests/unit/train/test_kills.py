@@ -1,0 +1,64 @@
+"""A run that is killed without warning, again and again, ends as if nothing had happened."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megaswitch.checkpoint.manager import checkpoints, find_checkpoint, verify
+from megaswitch.train.metrics import read_metrics
+
+STEPS = 60
+
+
+def command(config, options, run_dir):
+    return [
+        *(sys.executable, "-m", "megaswitch", "train", str(config), *options),
+        f"--train.steps={STEPS}",
+        f"--train.run_dir={run_dir}",
+        "--checkpoint.interval=1",
+    ]
+
+
+@pytest.mark.long
+def test_kills_leave_no_trace(run_options, tmp_path):
+    config = tmp_path / "run.toml"
+    config.write_text("")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command(config, run_options, tmp_path / "straight"), env=environment, check=True)
+    run = command(config, run_options, tmp_path / "run")
+    chance = random.Random(0)
+    kills = 0
+    while kills < 25:
+        process = subprocess.Popen(run, env=environment, stderr=subprocess.DEVNULL)
+        seen = len(checkpoints(tmp_path / "run" / "checkpoints"))
+        try:
+            # Past start-up a step with its checkpoint takes some 30 ms: most kills hit a write.
+            process.wait(3.0 + chance.random() if not seen else 2.5 + chance.random())
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+            for path in checkpoints(tmp_path / "run" / "checkpoints"):
+                verify(path)
+        else:
+            assert process.returncode == 0
+            break
+        time.sleep(0.01)
+    subprocess.run(run, env=environment, check=True)
+    assert kills > 0
+    curves = []
+    for name in ("straight", "run"):
+        metrics = read_metrics(tmp_path / name / "metrics.jsonl")
+        curves.append({m["step"]: m["loss"] for m in metrics if "loss" in m})
+    assert curves[0] == curves[1]
+    assert len(curves[0]) == STEPS
+    (one,) = find_checkpoint(tmp_path / "straight").glob("*.safetensors")
+    (other,) = find_checkpoint(tmp_path / "run").glob("*.safetensors")
+    for name, value in load_file(one).items():
+        assert torch.equal(value, load_file(other)[name]), name
