@@ -52,7 +52,7 @@ def forward_flops(model: SwitchTransformer, encoder_length: int, decoder_length:
 
     2 per weight and token for every linear map, with all of cross-attention charged to decoder
     tokens and one expert per token, plus 2·heads·d_kv per query-key pair, plus the logits. The
-    router and element-wise work are left out. (The paper gives no recipe; this one meets its figures.)
+    router and element-wise work are left out. The paper gives no recipe; this meets its figures.
     """
     lengths = {"encoder": encoder_length, "decoder": decoder_length}
     flops = 0

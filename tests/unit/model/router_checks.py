@@ -67,7 +67,7 @@ def queue(candidates: list[bool], experts: list[int], capacity: int) -> list[boo
 
 
 def oracle(logits: np.ndarray, mask: np.ndarray, rows_per_group: int, moe: MoEConfig, train: bool):
-    """The paper's router with loops, for logits [B, L, E] and mask [B, L]; kept and expert are [B, L].
+    """The paper's router in loops, for logits [B, L, E] and mask [B, L]; kept, expert: [B, L].
 
     Returns:
         expert, gate, kept, aux loss, z-loss.
