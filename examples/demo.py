@@ -5,37 +5,38 @@ Every step is a command that you can run yourself; the script prints each before
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
 import torch
 
 import megaswitch
-from megaswitch.checkpoint.manager import find_checkpoint
+from megaswitch.checkpoint.manager import find_checkpoint, read_config
 from megaswitch.data.tokenizer import Tokenizer
 from megaswitch.train.generate import greedy
 from megaswitch.train.metrics import read_metrics
+from megaswitch.train.trainer import build_loader
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = Path("runs/demo")
 CORPUS = "examples/data/classics.jsonl.zst"
-BLANKS = (
-    "And God said unto <extra_id_0>, Go thou and speak unto the children of Israel.",
-    "It was a truth universally acknowledged, that a young <extra_id_0> must be in want of a wife.",
-    "Captain Ahab stood upon the <extra_id_0> and looked out over the sea for the white whale.",
-    "My dear Mr. Bennet, said his <extra_id_0> to him one day, have you heard the news?",
-)
 
 
 def run(command: str) -> None:
     """Show a command and run it; its failure ends the demo."""
     print(f"\n\033[1m$ {command}\033[0m" if sys.stdout.isatty() else f"\n$ {command}", flush=True)
     program, *arguments = shlex.split(command)
-    subprocess.run([str(Path(sys.executable).with_name(program)), *arguments], check=True)
+    # One thread for each of two processes: what torchrun would set, but for its warning.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    path = Path(sys.executable).with_name(program)
+    subprocess.run([str(path), *arguments], check=True, env=environment)
 
 
 def plot(metrics: list[dict[str, float]], path: Path) -> None:
@@ -60,13 +61,28 @@ def plot(metrics: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def fill_in(model: megaswitch.SwitchTransformer, tokenizer: Tokenizer) -> None:
-    """Print each blank with what the model puts there."""
-    for text in BLANKS:
-        tokens = torch.tensor([[*tokenizer.encode(text), tokenizer.eos_id]])
-        filled = tokenizer.decode(greedy(model, tokens, max_tokens=12)[0].tolist())
-        answer = filled.split("<extra_id_1>")[0].replace("<extra_id_0>", "").replace("</s>", "")
-        print("  " + text.replace("<extra_id_0>", f"[{answer.strip()}]"))
+def fill_in(passages: int = 3) -> None:
+    """Print held-out passages with each blank as [the model's guess | what the book says]."""
+    checkpoint = find_checkpoint(RUN)
+    tokenizer = Tokenizer(checkpoint / "tokenizer.model")
+    model = megaswitch.load_model(checkpoint)
+    batch = build_loader(read_config(checkpoint), "valid").batch(range(passages))
+    guesses = greedy(model, batch.encoder_tokens, max_tokens=batch.decoder_targets.shape[1])
+    for passage, target, guess in zip(
+        batch.encoder_tokens, batch.decoder_targets, guesses, strict=True
+    ):
+        text = tokenizer.decode(passage.tolist())
+        guessed = spans(tokenizer, guess)
+        for number, truth in spans(tokenizer, target).items():
+            blank = f"[{guessed.get(number, '')} | {truth}]"
+            text = text.replace(f"<extra_id_{number}>", blank)
+        print(textwrap.indent(textwrap.fill(text, 96), "  "), end="\n\n")
+
+
+def spans(tokenizer: Tokenizer, tokens: torch.Tensor) -> dict[str, str]:
+    """Text behind each sentinel of a decoded target, by the sentinel's number."""
+    parts = re.split(r"<extra_id_(\d+)>", tokenizer.decode(tokens.tolist()))
+    return {number: text.strip() for number, text in zip(parts[1::2], parts[2::2], strict=True)}
 
 
 def main() -> None:
@@ -89,8 +105,8 @@ def main() -> None:
     loss, entropy = last["valid/content_loss"], last["valid/content_unigram_entropy"]
     print(f"\nHeld-out text tokens: loss {loss:.3f}, their unigram entropy {entropy:.3f}:")
     print(f"the model is {entropy - loss:.3f} nats better than knowing how frequent words are.")
-    print("\nIt fills in blanks:")
-    fill_in(megaswitch.load_model(RUN), Tokenizer(find_checkpoint(RUN) / "tokenizer.model"))
+    print("\nIt fills in blanks of pages it never saw, [its guess | what the book says]:\n")
+    fill_in()
     minutes = (trained - training) / 60, (time.time() - started) / 60
     print(f"\nTraining took {minutes[0]:.1f} minutes, the whole demo {minutes[1]:.1f}.")
     print(f"The curve is {RUN}/loss.png; `tensorboard --logdir {RUN}` shows every metric.")
@@ -103,7 +119,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    import os
-
     os.chdir(ROOT)
     main()
