@@ -1,0 +1,118 @@
+"""Checkpoints: what is in them, and what happens to bad ones."""
+
+import json
+import pickle
+
+import pytest
+import torch
+
+import megaswitch
+from megaswitch.checkpoint import manager
+from megaswitch.checkpoint.manager import checkpoints, find_checkpoint, verify
+from megaswitch.config import load_config
+from megaswitch.log import UserError
+from megaswitch.parallel.mesh import Mesh
+from megaswitch.train.trainer import Trainer
+
+
+@pytest.fixture
+def trainer(run_options):
+    config = load_config(None, [*run_options, "--train.steps=2"])
+    return Trainer.build(config, Mesh.start("cpu"))
+
+
+def test_only_tensors_and_text_are_stored(trainer):
+    trainer.fit()
+    path = find_checkpoint(trainer.checkpoints.folder)
+    assert {p.suffix for p in path.iterdir()} == {".safetensors", ".toml", ".json"}
+    state = json.loads((path / "state.json").read_text())
+    assert state["state"]["step"] == 2
+    assert state["state"]["samples"] == 16
+    verify(path)
+
+
+def test_the_newest_are_kept(run_options, tmp_path):
+    options = ["--train.steps=5", "--checkpoint.interval=1", "--checkpoint.keep=2"]
+    Trainer.build(load_config(None, [*run_options, *options]), Mesh.start("cpu")).fit()
+    names = [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")]
+    assert names == ["step_00000004", "step_00000005"]
+    assert find_checkpoint(tmp_path / "run").name == "step_00000005"
+
+
+@pytest.mark.parametrize("moment", ["_write", "_sums", "_finish", "rename"])
+def test_a_crash_while_saving_leaves_the_earlier_checkpoint(trainer, monkeypatch, moment):
+    trainer.fit()
+    (earlier,) = checkpoints(trainer.checkpoints.folder)
+
+    class Crash(BaseException):
+        """As sudden as a power cut: nobody may catch it and tidy up."""
+
+    def crash(*arguments, **options):
+        raise Crash
+
+    if moment == "rename":
+        monkeypatch.setattr(manager.Path, "rename", crash)
+    else:
+        monkeypatch.setattr(manager.CheckpointManager, moment, crash)
+    trainer.state = manager.TrainState(3, 24, trainer.state.fingerprint)
+    with pytest.raises(Crash):
+        trainer._save()
+    monkeypatch.undo()
+    assert checkpoints(trainer.checkpoints.folder) == [earlier]
+    verify(earlier)
+    trainer._save()  # tidies up what the crash left
+    assert not list(trainer.checkpoints.folder.glob("*.unfinished"))
+    assert len(checkpoints(trainer.checkpoints.folder)) == 2
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: f.unlink(), "is missing"),
+        (lambda f: f.write_bytes(f.read_bytes()[:-10]), "bytes"),
+        (lambda f: f.write_bytes(f.read_bytes()[:-1] + b"\x07"), "checksum"),
+        (lambda f: f.write_bytes(pickle.dumps({"model": 1})), "bytes"),
+    ],
+)
+def test_damaged_tensors_are_refused(trainer, damage, message):
+    trainer.fit()
+    path = find_checkpoint(trainer.checkpoints.folder)
+    (file,) = path.glob("*.safetensors")
+    damage(file)
+    with pytest.raises(UserError, match=message):
+        megaswitch.load_model(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"format": 1}', '{"format": 99, "files": {}, "state": {}}']
+)
+def test_a_damaged_state_file_is_refused(trainer, text):
+    trainer.fit()
+    path = find_checkpoint(trainer.checkpoints.folder)
+    (path / "state.json").write_text(text)
+    with pytest.raises(UserError, match=r"state\.json|format"):
+        megaswitch.load_model(path)
+
+
+def test_a_recorded_name_never_leads_out_of_the_folder(trainer, tmp_path):
+    trainer.fit()
+    path = find_checkpoint(trainer.checkpoints.folder)
+    state = json.loads((path / "state.json").read_text())
+    secret = tmp_path / "secret"
+    secret.write_text("x")
+    state["files"] = {f"../../../{secret.name}": {"bytes": 1, "sha256": "0"}}
+    (path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match="is missing"):
+        verify(path)
+
+
+def test_no_checkpoint_is_said_with_the_remedy(tmp_path):
+    with pytest.raises(UserError, match="neither a checkpoint nor a run folder"):
+        megaswitch.load_model(tmp_path)
+
+
+def test_tensors_come_back_exactly(trainer):
+    trainer.fit()
+    model = megaswitch.load_model(find_checkpoint(trainer.checkpoints.folder))
+    for name, value in model.named_parameters():
+        assert torch.equal(value, trainer.model.get_parameter(name)), name
