@@ -54,27 +54,27 @@ void widen_range(const Token* tokens, uint64_t count, std::pair<int64_t, int64_t
 
 }  // namespace
 
-MappedFile::MappedFile(const std::string& path) {
-  const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (descriptor < 0) {
+MappedFile::MappedFile(const std::string& path) : path_(path) {
+  descriptor_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (descriptor_ < 0) {
     throw DataError("cannot open " + quoted(path) + ": " + std::strerror(errno) +
                     ". A corpus is named by its prefix: the path of its two files without .bin "
                     "and .idx, as `megaswitch preprocess` printed it.");
   }
   struct stat status {};
-  int error = ::fstat(descriptor, &status) == 0 ? 0 : errno;
+  int error = ::fstat(descriptor_, &status) == 0 ? 0 : errno;
   if (error == 0 && !S_ISREG(status.st_mode)) error = EINVAL;
   if (error == 0 && status.st_size > 0) {  // an empty file cannot be mapped, and need not be
     size_ = static_cast<uint64_t>(status.st_size);
-    void* mapped = ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, descriptor, 0);
+    void* mapped = ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, descriptor_, 0);
     if (mapped == MAP_FAILED) {
       error = errno;
     } else {
       data_ = static_cast<const unsigned char*>(mapped);
     }
   }
-  ::close(descriptor);
   if (error != 0) {
+    ::close(descriptor_);
     throw DataError("cannot map " + quoted(path) + " into memory: " + std::strerror(error) +
                     ". It must be a regular file on a file system that supports mmap; copy it to "
                     "one that does.");
@@ -83,6 +83,17 @@ MappedFile::MappedFile(const std::string& path) {
 
 MappedFile::~MappedFile() {
   if (data_ != nullptr) ::munmap(const_cast<unsigned char*>(data_), size_);
+  ::close(descriptor_);
+}
+
+// The descriptor, not the path, is asked: a file replaced by renaming leaves the mapping whole.
+void MappedFile::check_not_cut() const {
+  struct stat status {};
+  if (::fstat(descriptor_, &status) == 0 && static_cast<uint64_t>(status.st_size) >= size_) return;
+  throw DataError(quoted(path_) + " had " + std::to_string(size_) +
+                  " bytes when it was opened and now has " + std::to_string(status.st_size) +
+                  ". A corpus in use must not be overwritten in place; put the file back and start "
+                  "again.");
 }
 
 // Advice changes speed, never results, so a kernel that does not take it is no error.

@@ -31,8 +31,12 @@ class MappedFile {
   void prefetch(uint64_t start, uint64_t bytes) const;
   // Switch the kernel's read-ahead of the whole file: scattered samples or one long scan.
   void expect_random_access(bool random) const;
+  // Throws DataError if the file is now shorter than it was when it was mapped.
+  void check_not_cut() const;
 
  private:
+  std::string path_;
+  int descriptor_ = -1;
   const unsigned char* data_ = nullptr;
   uint64_t size_ = 0;
 };
@@ -62,6 +66,8 @@ class IndexedTokens {
   // Widen tokens [start, start + count) into `out`.
   void read(uint64_t start, uint64_t count, int64_t* out) const;
   void prefetch(uint64_t start, uint64_t count) const;
+  // Throws DataError if the .bin was cut since it was opened.
+  void check_not_cut() const { bin_.check_not_cut(); }
 
   // Smallest and largest id: of all tokens when there are at most `budget`, otherwise of evenly
   // spaced windows holding about that many. Requires a token.

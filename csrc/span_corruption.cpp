@@ -125,6 +125,9 @@ uint64_t SpanSampler::sample_start(uint64_t sample_index) const {
 
 void SpanSampler::fill(const int64_t* sample_indices, uint64_t count,
                        const BatchBuffers& out) const {
+  // Behind a cut the mapping reads as zeros to the end of the page and kills the process (SIGBUS)
+  // beyond, so every batch looks first. A cut between this line and the reads below stays fatal.
+  tokens_->check_not_cut();
   std::vector<uint64_t> starts(count);
   for (uint64_t row = 0; row < count; ++row) {
     if (sample_indices[row] < 0) throw std::invalid_argument("negative sample index");

@@ -73,7 +73,7 @@ class SpanSampler {
 
   // First raw token of a sample.
   uint64_t sample_start(uint64_t sample_index) const;
-  // Throws DataError at a token id outside the vocabulary.
+  // Throws DataError at a token id outside the vocabulary, or if the .bin was cut meanwhile.
   void fill(const int64_t* sample_indices, uint64_t count, const BatchBuffers& out) const;
 
  private:

@@ -111,7 +111,7 @@ def main() -> None:
     print(f"\nTraining took {minutes[0]:.1f} minutes, the whole demo {minutes[1]:.1f}.")
     print(f"The curve is {RUN}/loss.png; `tensorboard --logdir {RUN}` shows every metric.")
     print(
-        "\nWhat to try next:\n"
+        "\nWhat to try next, after `source .venv/bin/activate`:\n"
         "  megaswitch train examples/demo.toml --train.run_dir=runs/32 --model.moe.num_experts=32\n"
         "  megaswitch train examples/demo.toml --train.run_dir=runs/dense --model.preset=t5-tiny\n"
         "  megaswitch presets        the models of the paper, counted to the last parameter"

@@ -174,10 +174,8 @@ def train(config: Path, overrides: tuple[str, ...]) -> None:
     from megaswitch.train.trainer import Trainer
 
     mesh = Mesh.start(resolved.train.device)
-    try:
-        complete = Trainer.build(resolved, mesh).fit()
-    finally:
-        mesh.stop()
+    complete = Trainer.build(resolved, mesh).fit()
+    mesh.stop()
     if not complete:
         info("stopped; the same command goes on from the checkpoint")
         sys.exit(130)

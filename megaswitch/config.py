@@ -160,6 +160,10 @@ def _parse(table: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
             key = ".".join(path)
             if detail["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
                 problems.append(f"{key} is not a known key{_nearest(key, known)}")
+            elif detail["type"] == "dataclass_type":
+                problems.append(
+                    f"{key}={detail['input']!r} is wrong: it is a section; write [{key}]"
+                )
             else:
                 problems.append(f"{key}={detail['input']!r} is wrong: {detail['msg']}")
             _unset(expanded, path)
@@ -241,17 +245,15 @@ def _dead_reason(config: RunConfig, key: str) -> str | None:
     """Why `key` means nothing in this configuration, or None if it does."""
     section, _, name = key.rpartition(".")
     fields = type(_value(config, section)).__pydantic_fields__
-    rule = (fields[name].json_schema_extra or {}).get("only_if")
-    if rule is None:
-        return None
-    owner, values = rule["key"], rule["values"]
-    held = _value(config, owner)
-    if (why := _dead_reason(config, owner)) is not None:
-        return why
-    if held in values if values else held:
-        return None
-    wanted = " or ".join(map(str, values)) if values else "set and not 0"
-    return f"{owner}={held!r}; it must be {wanted}"
+    for rule in (fields[name].json_schema_extra or {}).get("only_if", ()):
+        owner, values = rule["key"], rule["values"]
+        held = _value(config, owner)
+        if (why := _dead_reason(config, owner)) is not None:
+            return why
+        if not (held in values if values else held):
+            wanted = " or ".join(map(str, values)) if values else "set and not 0"
+            return f"{owner}={held!r}; it must be {wanted}"
+    return None
 
 
 def _inactive(config: RunConfig, table: Mapping[str, Any]) -> list[str]:

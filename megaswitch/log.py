@@ -31,8 +31,8 @@ class ConfigError(UserError):
 
 
 def is_rank_zero() -> bool:
-    """True on the process that may print: rank 0 of a torchrun or srun launch, or the only one."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    """True on the process that may print: rank 0 of a torchrun launch, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def console() -> Console:

@@ -95,6 +95,15 @@ def _check_rampup(train: TrainConfig, share: int) -> Iterator[str]:
 
 def _check_rest(config: RunConfig) -> Iterator[str]:
     optim, train = config.optim, config.train
+    peak = optim.learning_rate
+    if optim.schedule == "rsqrt":
+        peak /= max(optim.warmup_steps, 1) ** 0.5
+    limit, usual = (1.0, "1e-3 … 1e-2") if optim.name == "adafactor" else (0.1, "1e-4 … 1e-3")
+    if peak >= limit:
+        yield (
+            f"optim.learning_rate={optim.learning_rate} with optim.schedule={optim.schedule!r} "
+            f"reaches {peak:g}; {optim.name} needs less than {limit:g}, {usual} is common"
+        )
     if optim.schedule == "wsd" and optim.decay_steps is None:
         yield "optim.schedule='wsd' needs optim.decay_steps; a tenth of train.steps is common"
     if optim.schedule in ("linear", "cosine", "wsd"):

@@ -17,7 +17,12 @@ Rate = Field(default=0.0, ge=0.0, lt=1.0)
 
 def only_if(key: str, *values: object) -> dict[str, Any]:
     """Declare that a field matters only while `key` holds one of `values`, or is truthy."""
-    return {"only_if": {"key": key, "values": list(values)}}
+    return {"only_if": [{"key": key, "values": list(values)}]}
+
+
+def all_of(*rules: dict[str, Any]) -> dict[str, Any]:
+    """Declare that a field matters only while each of several `only_if` holds."""
+    return {"only_if": [condition for rule in rules for condition in rule["only_if"]]}
 
 
 def _switch_only(default: Any, description: str, **rules: Any) -> Any:
@@ -118,6 +123,16 @@ class ModelConfig:
         step = self.moe.encoder_sparse_step if stack == "encoder" else self.moe.decoder_sparse_step
         return self.moe.num_experts > 0 and step > 0 and index % step == step - 1
 
+    def switch_layers(self) -> list[str]:
+        """Names of the Switch layers, such as `encoder.1.ffn`."""
+        stacks: tuple[Literal["encoder", "decoder"], ...] = ("encoder", "decoder")
+        return [
+            f"{stack}.{index}.ffn"
+            for stack in stacks
+            for index in range(self.num_layers(stack))
+            if self.is_sparse(stack, index)
+        ]
+
     def num_layers(self, stack: Literal["encoder", "decoder"]) -> int:
         """Blocks in `stack`."""
         return self.num_encoder_layers if stack == "encoder" else self.num_decoder_layers
@@ -175,7 +190,11 @@ class OptimConfig:
         default=1e-30, gt=0, json_schema_extra=only_if("optim.name", "adafactor")
     )
     epsilon2: float = Field(
-        default=1e-3, gt=0, json_schema_extra=only_if("optim.name", "adafactor")
+        default=1e-3,
+        gt=0,
+        json_schema_extra=all_of(
+            only_if("optim.name", "adafactor"), only_if("optim.scale_by_parameter")
+        ),
     )
     factored_min_dim: int = Field(
         default=128, gt=0, json_schema_extra=only_if("optim.name", "adafactor")
@@ -184,9 +203,12 @@ class OptimConfig:
         default=True, json_schema_extra=only_if("optim.name", "adafactor")
     )
     expert_statistics: Literal["per-expert", "joint"] = Field(
-        default="per-expert", json_schema_extra=only_if("optim.name", "adafactor"),
+        default="per-expert",
+        json_schema_extra=all_of(
+            only_if("optim.name", "adafactor"), only_if("model.moe.num_experts")
+        ),
         description="update clipping and scaling: per expert (T5X) or over the stack (Mesh-TF)",
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -211,8 +233,18 @@ class TrainConfig:
     activation_checkpointing: bool = Field(default=False, description="recompute each block")
     logits_z_loss: float = Field(default=1e-4, ge=0, description="weight of log²Z of the softmax")
     log_interval: int = Field(default=10, gt=0, description="steps between metric lines")
-    valid_interval: int = Field(default=500, gt=0, description="steps between validations")
-    valid_samples: int = Field(default=256, gt=0, description="held-out sequences per validation")
+    valid_interval: int = Field(
+        default=500,
+        gt=0,
+        description="steps between validations",
+        json_schema_extra=only_if("data.valid"),
+    )
+    valid_samples: int = Field(
+        default=256,
+        gt=0,
+        description="held-out sequences per validation",
+        json_schema_extra=only_if("data.valid"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from megaswitch.data.preprocess import preprocess
+from megaswitch.log import UserError
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--input", type=Path, nargs="+", required=True)
@@ -14,10 +15,13 @@ parser.add_argument("--workers", type=int, default=1)
 
 if __name__ == "__main__":
     arguments = parser.parse_args()
-    preprocess(
-        arguments.input,
-        arguments.output_prefix,
-        arguments.tokenizer_model,
-        workers=arguments.workers,
-        append_eos=arguments.append_eod,
-    )
+    try:
+        preprocess(
+            arguments.input,
+            arguments.output_prefix,
+            arguments.tokenizer_model,
+            workers=arguments.workers,
+            append_eos=arguments.append_eod,
+        )
+    except (UserError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")

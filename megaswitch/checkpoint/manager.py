@@ -8,12 +8,11 @@ of another name, which rank 0 renames once every file is on disk: a crash leaves
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from megaswitch.config import RunConfig, from_toml, to_toml
-from megaswitch.log import UserError
+from megaswitch.files import sha256, sync, write_durably
+from megaswitch.log import UserError, warn
 from megaswitch.parallel.mesh import Mesh
 
 FORMAT = 1
@@ -88,23 +88,26 @@ class CheckpointManager:
         """
         final = self.folder / f"{_PREFIX}{state.step:08d}"
         aside = final.with_name(final.name + _UNFINISHED)
-        self._together(lambda: self._start(aside), aside)
+        with self._together(aside):
+            self._start(aside)
         tensors = _model_tensors(model) | _optimizer_tensors(model, optimizer)
-        self._together(lambda: self._write(aside, tensors), aside)
-        sums = {k: v for part in self.mesh.gather(self._sums(aside)) for k, v in part.items()}
-        self._together(lambda: self._finish(aside, final, config, state, sums), aside)
+        mine: dict[str, Any] = {}
+        with self._together(aside):
+            self._write(aside, tensors)
+            mine = _sums(aside.glob(f"shard-{self.mesh.rank + 1:05d}-*.safetensors"))
+        sums = {name: entry for part in self.mesh.gather(mine) for name, entry in part.items()}
+        with self._together(aside):
+            self._finish(aside, final, config, state, sums)
+        if self.mesh.rank == 0:
+            for old in checkpoints(self.folder)[: -self.keep]:
+                _discard(old)
         return final
 
     def restore(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
         """Load a checkpoint into `model` and `optimizer`, whatever layout wrote it."""
         metadata = read_state(path)
-        files = sorted(metadata["files"])
-        try:
-            verify(path, files[self.mesh.rank :: self.mesh.size])
-            error = None
-        except UserError as caught:
-            error = caught
-        self.mesh.raise_together(error)
+        with self.mesh.together():
+            verify(path, sorted(metadata["files"])[self.mesh.rank :: self.mesh.size])
         load_model_tensors(path, model, distributed=self.mesh.group is not None)
         optimizer_state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_FLAT)
         tensors = _prefixed(optimizer_state)
@@ -113,20 +116,21 @@ class CheckpointManager:
         set_optimizer_state_dict(model, optimizer, optimizer_state | loaded, options=_FLAT)
         return TrainState(**metadata["state"])
 
-    def _together(self, action: Any, aside: Path) -> None:
-        """Run `action` here; if it fails on any rank, clean up and fail on all."""
-        error: Exception | None = None
+    @contextmanager
+    def _together(self, aside: Path) -> Iterator[None]:
+        """If the body fails on any rank, clean up and fail on all."""
         try:
-            action()
-        except (OSError, CheckpointException, RuntimeError) as caught:
-            error = UserError(
-                f"checkpoint {aside.name.removesuffix(_UNFINISHED)} could not be written to "
-                f"{aside.parent}: {_root_cause(caught)}. Earlier checkpoints are intact; free "
-                "space or choose another train.run_dir, and start the same command again"
-            )
-            error.__cause__ = caught
-        try:
-            self.mesh.raise_together(error)
+            with self.mesh.together():
+                try:
+                    yield
+                except (OSError, CheckpointException, RuntimeError) as error:
+                    name = aside.name.removesuffix(_UNFINISHED)
+                    raise UserError(
+                        f"checkpoint {name} could not be written to {aside.parent}: "
+                        f"{_root_cause(error)}. Earlier checkpoints are intact; "
+                        "free space or choose another train.run_dir, and start the same command "
+                        "again"
+                    ) from error
         except UserError:
             if self.mesh.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -136,7 +140,7 @@ class CheckpointManager:
         if self.mesh.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             for stale in self.folder.glob(f"*{_UNFINISHED}"):
-                shutil.rmtree(stale)
+                shutil.rmtree(stale, ignore_errors=True)
             aside.mkdir()
 
     def _write(self, aside: Path, tensors: dict[str, Tensor]) -> None:
@@ -144,11 +148,6 @@ class CheckpointManager:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # "assuming … a single process": it is
             dcp.save(tensors, storage_writer=writer, no_dist=self.mesh.group is None)
-
-    def _sums(self, aside: Path) -> dict[str, dict[str, Any]]:
-        """Size and SHA-256 of the files that this rank wrote."""
-        files = sorted(aside.glob(f"shard-{self.mesh.rank + 1:05d}-*.safetensors"))
-        return {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in files}
 
     def _finish(
         self,
@@ -160,18 +159,37 @@ class CheckpointManager:
     ) -> None:
         if self.mesh.rank != 0:
             return
-        content = {"format": FORMAT, "state": asdict(state), "files": sums}
         if self.tokenizer:
             shutil.copyfile(self.tokenizer, aside / "tokenizer.model")
+            sync(aside / "tokenizer.model")
         write_durably(aside / "config.toml", to_toml(config))
+        files = sums | _sums(p for p in aside.iterdir() if p.name not in sums)
+        content = {"format": FORMAT, "state": asdict(state), "files": files}
         write_durably(aside / "state.json", json.dumps(content, indent=1))
-        _sync_folder(aside)
+        sync(aside)
         if final.exists():  # the same step, saved before a resume from an older one
-            shutil.rmtree(final)
+            _discard(final)
         aside.rename(final)
-        _sync_folder(self.folder)
-        for old in checkpoints(self.folder)[: -self.keep]:
-            shutil.rmtree(old)
+        sync(self.folder)
+
+
+def _sums(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 by name."""
+    return {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
+
+
+def _discard(path: Path) -> None:
+    """Remove a checkpoint; at no instant is a part of it left that looks complete.
+
+    A folder that cannot be removed (some network file systems keep what others still read) is no
+    reason to end a healthy run; the next save tries again.
+    """
+    aside = path.with_name(f"{path.name}.old{_UNFINISHED}")
+    try:
+        path.rename(aside)
+        shutil.rmtree(aside)
+    except OSError as error:
+        warn(f"old checkpoint {path} could not be removed: {error}")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -205,9 +223,10 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads((path / "state.json").read_text())
-        assert isinstance(content["files"], dict)
+        for entry in content["files"].values():
+            int(entry["bytes"]), str(entry["sha256"])
         TrainState(**content["state"])
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"checkpoint {path} has no readable state.json ({error!r}); use another checkpoint"
         ) from error
@@ -238,14 +257,16 @@ def verify(path: Path, names: list[str] | None = None) -> None:
         UserError: naming the files that differ.
     """
     files = read_state(path)["files"]
-    damaged = []
+    # The reader takes every tensor file that it finds, so one that is not listed is not harmless.
+    unlisted = {p.name for p in path.glob("*.safetensors")} - set(files)
+    damaged = [f"{name} is not part of it" for name in sorted(unlisted)]
     for name in files if names is None else names:
         file = path / Path(name).name  # a recorded name never leads out of the folder
         if not file.is_file():
             damaged.append(f"{name} is missing")
         elif file.stat().st_size != files[name]["bytes"]:
             damaged.append(f"{name} has {file.stat().st_size} of {files[name]['bytes']} bytes")
-        elif _sha256(file) != files[name]["sha256"]:
+        elif sha256(file) != files[name]["sha256"]:
             damaged.append(f"{name} does not match its checksum")
     if damaged:
         raise UserError(
@@ -257,14 +278,6 @@ def verify(path: Path, names: list[str] | None = None) -> None:
 def load_model_tensors(path: Path, model: nn.Module, *, distributed: bool = False) -> None:
     """Fill the parameters of `model` from the checkpoint at `path`."""
     _load(path, _model_tensors(model), distributed=distributed)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a small file so that it survives a power cut once this returns."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -297,16 +310,3 @@ def _root_cause(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return (str(error) or type(error).__name__).strip().splitlines()[0]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -140,11 +140,6 @@ class TokenStore:
         return self.native.num_tokens
 
     @property
-    def num_sequences(self) -> int:
-        """Sequences; documents made by MegaSwitch have one each."""
-        return self.native.num_sequences
-
-    @property
     def num_documents(self) -> int:
         """Documents."""
         return self.native.num_documents
@@ -161,24 +156,16 @@ class TokenStore:
         self.native.read(start, out)
         return out
 
-    def sequence(self, index: int) -> NDArray[np.int64]:
-        """Tokens of one sequence."""
-        return self.tokens(*self.native.sequence(index))
-
     def document(self, index: int) -> NDArray[np.int64]:
         """Tokens of one document."""
         return self.tokens(*self.native.document(index))
-
-    def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        """The documents in order."""
-        return (self.document(index) for index in range(self.num_documents))
 
 
 class IndexedWriter:
     """Writes a corpus document by document, in constant memory.
 
     All files are written aside and renamed when the `with` block ends well, `.idx` last, so that a
-    corpus with an index is complete. If it ends badly, nothing is left behind.
+    corpus with an index is complete. If it ends badly, on a full disk too, nothing is left behind.
 
     Args:
         prefix: path of the files without suffixes; older files there are replaced at the end.
@@ -196,17 +183,19 @@ class IndexedWriter:
         self._type_code = codes[self._dtype]
         self._tokenizer = tokenizer
         self._hash = hashlib.sha256()
+        self._streams: list[IO[bytes]] = []
         self.num_tokens = self.num_sequences = self.num_documents = 0
 
     def __enter__(self) -> IndexedWriter:
         try:
             self.prefix.parent.mkdir(parents=True, exist_ok=True)
-            self._bin = self._aside(".bin").open("wb")
+            self._bin = self._open_aside(".bin")
             # The index cannot be written before the number of sequences is known; its two arrays
             # grow on disk meanwhile.
-            self._lengths = self._aside(".lengths").open("w+b")
-            self._boundaries = self._aside(".documents").open("w+b")
+            self._lengths = self._open_aside(".lengths")
+            self._boundaries = self._open_aside(".documents")
         except OSError as error:
+            self._discard()
             raise UserError(
                 f"cannot write '{error.filename}': {error.strerror}. Choose an output prefix in a "
                 "folder you may write to."
@@ -249,10 +238,22 @@ class IndexedWriter:
             if kind is None:
                 self._publish()
         finally:
-            for stream in (self._bin, self._lengths, self._boundaries):
+            self._discard()
+
+    def _discard(self) -> None:
+        """Close and remove whatever lies aside; after `_publish` that is nothing of worth."""
+        for stream in self._streams:
+            # On a full disk closing fails once more, as it writes what is still buffered.
+            with suppress(OSError):
                 stream.close()
-            for suffix in (".bin", ".lengths", ".documents", ".idx", ".meta.json"):
+        for suffix in (".bin", ".lengths", ".documents", ".idx", ".meta.json"):
+            with suppress(OSError):
                 self._aside(suffix).unlink(missing_ok=True)
+
+    def _open_aside(self, suffix: str) -> IO[bytes]:
+        stream = self._aside(suffix).open("w+b")
+        self._streams.append(stream)
+        return stream
 
     def _aside(self, suffix: str) -> Path:
         return companion(self.prefix, f"{suffix}.partial")

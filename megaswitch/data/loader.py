@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from megaswitch.data import native
-from megaswitch.data.indexed import TokenStore
+from megaswitch.data.indexed import TokenizerInfo, TokenStore
 from megaswitch.data.span_corruption import Seq2SeqBatch, span_counts, span_shape, text_lengths
-from megaswitch.log import UserError
+from megaswitch.log import UserError, warn
 
 # Tokens whose ids are checked at open; of a larger corpus so many are sampled. Each sample is
 # checked again when it is read.
@@ -38,8 +38,9 @@ class SpanCorruptionLoader:
     otherwise than the one before.
 
     Sentinels count down from the top of the *tokenizer's* vocabulary, `sentinel_top`: the sidecar
-    knows it. A corpus without sidecar is taken to be made for exactly `vocab_size` ids. A model's
-    vocabulary may be larger than the tokenizer's (padding), never smaller.
+    knows it, or else `tokenizer`. Without both a corpus is taken to be made for exactly
+    `vocab_size` ids. A model's vocabulary may be larger than the tokenizer's (padding), never
+    smaller.
 
     Args:
         prefix: path of the corpus without `.bin` and `.idx`.
@@ -51,6 +52,7 @@ class SpanCorruptionLoader:
         mean_span_length: mean masked tokens per span.
         num_sentinels: sentinels the tokenizer has.
         shuffle: False for validation.
+        tokenizer: what the user names as the corpus's; one that the sidecar contradicts is refused.
 
     Attributes:
         store: the corpus.
@@ -62,8 +64,8 @@ class SpanCorruptionLoader:
             resume on another one must be refused.
 
     Raises:
-        UserError: if files are missing or damaged, or the corpus, the vocabulary or the lengths do
-            not fit each other.
+        UserError: if files are missing or damaged, or the corpus, the tokenizer, the vocabulary or
+            the lengths do not fit each other.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class SpanCorruptionLoader:
         mean_span_length: float = 3.0,
         num_sentinels: int = 100,
         shuffle: bool = True,
+        tokenizer: TokenizerInfo | None = None,
     ) -> None:
         if not 0 <= seed < 1 << 64:
             raise UserError(f"the data seed is {seed}; it must lie in [0, 2^64).")
@@ -101,7 +104,7 @@ class SpanCorruptionLoader:
                 "sentinels. Lower encoder_length or noise_density, raise mean_span_length, or use "
                 "a tokenizer with more sentinels."
             )
-        self.sentinel_top = self._check_vocabulary(vocab_size, num_sentinels)
+        self.sentinel_top = self._check_vocabulary(vocab_size, num_sentinels, tokenizer)
         offset_choices = self._divide_corpus(shuffle)
         self._check_ids(vocab_size, num_sentinels)
         layout = {
@@ -133,7 +136,7 @@ class SpanCorruptionLoader:
             batch of len(indices) rows.
 
         Raises:
-            UserError: at a token id outside the model's vocabulary.
+            UserError: at a token id outside the model's vocabulary, or if the file was cut.
         """
         rows = len(indices)
         sample_index = torch.from_numpy(np.fromiter(indices, dtype=np.int64, count=rows))
@@ -167,20 +170,34 @@ class SpanCorruptionLoader:
         """Position in the flat token stream of the first raw token of a global sample index."""
         return self._sampler.sample_start(index)
 
-    def _check_vocabulary(self, vocab_size: int, num_sentinels: int) -> int:
-        meta = self.store.meta
-        if meta is not None and meta.vocab_size > vocab_size:
+    def _check_vocabulary(
+        self, vocab_size: int, num_sentinels: int, tokenizer: TokenizerInfo | None
+    ) -> int:
+        prefix, meta = self.store.prefix, self.store.meta
+        if meta and tokenizer and meta.tokenizer_sha256 != tokenizer.tokenizer_sha256:
             raise UserError(
-                f"the model's vocab_size is {vocab_size}, but '{self.store.prefix}' was made with "
-                f"a tokenizer of {meta.vocab_size} ids. Raise vocab_size to at least that."
+                f"data.tokenizer (sha256 {tokenizer.tokenizer_sha256[:12]}...) is not the "
+                f"tokenizer that '{prefix}' was made with ({meta.tokenizer_sha256[:12]}...). Give "
+                "that one, or preprocess again with this one."
             )
-        if meta is not None and meta.num_extra_ids < num_sentinels:
+        made_with = meta or tokenizer
+        if made_with is None:
+            warn(
+                f"'{prefix}' has no .meta.json and data.tokenizer is not set: its tokenizer is "
+                f"taken to have exactly the model's {vocab_size} ids, the top {num_sentinels} of "
+                "them sentinels. Set data.tokenizer if the model's vocabulary is padded."
+            )
+        elif made_with.vocab_size > vocab_size:
             raise UserError(
-                f"num_sentinels is {num_sentinels}, but '{self.store.prefix}' was made with a "
-                f"tokenizer of {meta.num_extra_ids} sentinels. Lower it, or preprocess again with "
-                "more."
+                f"the model's vocab_size is {vocab_size}, but '{prefix}' was made with a "
+                f"tokenizer of {made_with.vocab_size} ids. Raise vocab_size to at least that."
             )
-        top = vocab_size if meta is None else meta.vocab_size
+        elif made_with.num_extra_ids < num_sentinels:
+            raise UserError(
+                f"num_sentinels is {num_sentinels}, but '{prefix}' was made with a tokenizer of "
+                f"{made_with.num_extra_ids} sentinels. Lower it, or preprocess again with more."
+            )
+        top = vocab_size if made_with is None else made_with.vocab_size
         if top - num_sentinels <= _FIRST_TEXT_ID:
             raise UserError(
                 f"a vocabulary of {top} ids has no room for text beside {num_sentinels} sentinels "
@@ -221,9 +238,9 @@ class SpanCorruptionLoader:
         if high >= self.sentinel_top - num_sentinels:
             raise UserError(
                 f"{where} {high}, but [{self.sentinel_top - num_sentinels}, {self.sentinel_top}) "
-                "are the sentinels, which text must not contain. vocab_size must count them on top "
-                f"of the text's ids (T5: 32,000 + 100), or num_sentinels ({num_sentinels}) is too "
-                "high."
+                "are the sentinels, which text must not contain. data.tokenizer must be the one "
+                "the corpus was made with; vocab_size must count the sentinels on top of the "
+                f"text's ids (T5: 32,000 + 100), or num_sentinels ({num_sentinels}) is too high."
             )
 
     def _fingerprint(self, settings: dict[str, int | bool]) -> str:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from megaswitch._C import (
-    DataError,
-    IndexedTokens,
-    SpanLayout,
-    SpanSampler,
-    corrupt,
-    permute,
-    philox4x32,
-)
+from pathlib import Path
+
+try:
+    from megaswitch._C import (
+        DataError,
+        IndexedTokens,
+        SpanLayout,
+        SpanSampler,
+        corrupt,
+        permute,
+        philox4x32,
+    )
+except ImportError as error:
+    raise ImportError(
+        f"the package megaswitch in '{Path(__file__).parents[2]}' has no compiled core that this "
+        f"Python can load ({error}). Run `pip install -e .` there, or start from another folder if "
+        "MegaSwitch is installed elsewhere: `python -m` looks into the current folder first."
+    ) from error
 
 __all__ = [
     "DataError",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -84,8 +85,8 @@ def preprocess(
 
     Args:
         inputs: JSONL or plain text, optionally .gz or .zst.
-        output_prefix: path of the corpus without suffixes. With a validation split two are
-            written, `<prefix>_train` and `<prefix>_valid`. Older ones are replaced.
+        output_prefix: path of the corpus without suffixes; replaced if it exists. With a validation
+            split two are written, `<prefix>_train` and `<prefix>_valid`.
         tokenizer_path: a SentencePiece model file.
         workers: threads that tokenize.
         append_eos: end every document with EOS.
@@ -108,11 +109,6 @@ def preprocess(
     try:
         with IndexedWriter(spool, token_dtype(tokenizer.vocab_size)) as writer:
             _tokenize(inputs, tokenizer, writer, report, workers=workers, append_eos=append_eos)
-            if writer.num_documents == 0:
-                raise UserError(
-                    f"the inputs hold no usable document ({report.rejections.summary()}). Give "
-                    "JSONL with the text under 'text', or plain text."
-                )
         _write_shuffled(TokenStore(spool), output_prefix, tokenizer, report, valid_fraction, seed)
     except OSError as error:
         raise UserError(
@@ -120,11 +116,16 @@ def preprocess(
             "is needed there while it is made."
         ) from error
     finally:
-        for suffix in (".bin", ".idx"):
-            companion(spool, suffix).unlink(missing_ok=True)
+        _remove(spool)
     report.seconds = time.monotonic() - started
     info(str(report))
     return report
+
+
+def _remove(prefix: Path) -> None:
+    for suffix in (".bin", ".idx"):
+        with suppress(OSError):  # it must not hide why the folder cannot be written
+            companion(prefix, suffix).unlink(missing_ok=True)
 
 
 def _check_numbers(*, workers: int, valid_fraction: float, seed: int) -> None:
@@ -155,6 +156,11 @@ def _tokenize(
             writer.add_document(ids + ending)
             report.characters += len(document.text)
     report.documents, report.tokens = writer.num_documents, writer.num_tokens
+    if report.documents == 0:
+        raise UserError(
+            f"the inputs hold no usable document ({report.rejections.summary()}). Give JSONL with "
+            "the text under 'text', or plain text."
+        )
 
 
 def _batches(inputs: Sequence[Path], report: PreprocessReport) -> Iterator[list[Document]]:

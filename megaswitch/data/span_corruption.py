@@ -188,7 +188,3 @@ class Seq2SeqBatch:
     def to(self, device: torch.device | str) -> Seq2SeqBatch:
         """The same batch on another device."""
         return Seq2SeqBatch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
-
-    def rows(self, start: int, stop: int) -> Seq2SeqBatch:
-        """Rows [start, stop) as views."""
-        return Seq2SeqBatch(**{f.name: getattr(self, f.name)[start:stop] for f in fields(self)})

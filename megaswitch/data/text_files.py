@@ -17,8 +17,9 @@ import zstandard
 
 from megaswitch.log import UserError
 
-_CHUNK_BYTES = 1 << 16  # small, as a chunk may inflate a thousandfold
-_MAX_DOCUMENT_BYTES = 1 << 28
+_CHUNK_BYTES = 1 << 16
+_INFLATE_BYTES = 1 << 9  # given to a decompressor at a time: zstd may make 16 MiB of them
+_MAX_DOCUMENT_BYTES = 1 << 28  # of a line too
 _JSON_LINES = {".jsonl", ".ndjson", ".json"}
 
 
@@ -123,7 +124,7 @@ def read_documents(
 
     Args:
         path: the file; a last suffix .gz or .zst means compressed.
-        reject: called with every unusable line.
+        reject: called with every unusable line, one that is too long to hold included.
         advance: called with the number of bytes read from disk since the last call.
 
     Raises:
@@ -137,9 +138,12 @@ def read_documents(
 
 
 def _json_documents(
-    path: Path, lines: Iterator[bytes], reject: Callable[[Rejection], None]
+    path: Path, lines: Iterator[bytes | None], reject: Callable[[Rejection], None]
 ) -> Iterator[Document]:
     for number, line in enumerate(lines, start=1):
+        if line is None:
+            reject(Rejection(path, number, _too_long()))
+            continue
         if not line.strip():
             continue
         text, reason = _text_of(line)
@@ -147,6 +151,10 @@ def _json_documents(
             reject(Rejection(path, number, reason))
         else:
             yield Document(text, path, number)
+
+
+def _too_long() -> str:
+    return f"longer than {_MAX_DOCUMENT_BYTES:,} bytes"
 
 
 def _text_of(line: bytes) -> tuple[str, str]:
@@ -172,12 +180,15 @@ def _text_of(line: bytes) -> tuple[str, str]:
 
 
 def _plain_documents(
-    path: Path, lines: Iterator[bytes], reject: Callable[[Rejection], None]
+    path: Path, lines: Iterator[bytes | None], reject: Callable[[Rejection], None]
 ) -> Iterator[Document]:
     gathered: list[str] = []
     size = 0
     first = 1
     for number, line in enumerate(lines, start=1):
+        if line is None:
+            reject(Rejection(path, number, _too_long()))
+            continue
         if not line.strip():
             if gathered:
                 yield Document("\n".join(gathered), path, first)
@@ -200,16 +211,22 @@ def _plain_documents(
         yield Document("\n".join(gathered), path, first)
 
 
-def _lines(path: Path, advance: Callable[[int], None]) -> Iterator[bytes]:
+def _lines(path: Path, advance: Callable[[int], None]) -> Iterator[bytes | None]:
+    """The lines without their ends; None in the place of one too long, which is never held."""
     pieces: list[bytes] = []  # of a line longer than a chunk; joined once
+    size = 0
     for chunk in _chunks(path, advance):
-        head, *rest = chunk.split(b"\n")
-        pieces.append(head)
-        for line in rest:
-            yield b"".join(pieces)
-            pieces = [line]
-    if any(pieces):
-        yield b"".join(pieces)
+        for position, piece in enumerate(chunk.split(b"\n")):
+            if position:  # a line ended before this piece
+                yield b"".join(pieces) if size <= _MAX_DOCUMENT_BYTES else None
+                pieces, size = [], 0
+            size += len(piece)
+            if size <= _MAX_DOCUMENT_BYTES:
+                pieces.append(piece)
+            else:
+                pieces.clear()
+    if size:
+        yield b"".join(pieces) if size <= _MAX_DOCUMENT_BYTES else None
 
 
 def _chunks(path: Path, advance: Callable[[int], None]) -> Iterator[bytes]:
@@ -222,12 +239,14 @@ def _chunks(path: Path, advance: Callable[[int], None]) -> Iterator[bytes]:
                 if start_stream is None:
                     yield data
                     continue
-                # A file may be several compressed streams one after another.
-                while data:
-                    if stream is None or stream.eof:
-                        stream = start_stream()
-                    yield stream.decompress(data)
-                    data = stream.unused_data if stream.eof else b""
+                for start in range(0, len(data), _INFLATE_BYTES):
+                    part = data[start : start + _INFLATE_BYTES]
+                    # A file may be several compressed streams one after another.
+                    while part:
+                        if stream is None or stream.eof:
+                            stream = start_stream()
+                        yield stream.decompress(part)
+                        part = stream.unused_data if stream.eof else b""
     except (zlib.error, zstandard.ZstdError) as error:
         raise UserError(f"'{path}' is corrupt ({error}). Download or compress it again.") from error
     except OSError as error:

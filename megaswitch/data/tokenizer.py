@@ -25,6 +25,12 @@ _SENTINEL = re.compile(r"<extra_id_(\d{1,6})>")
 _MAX_SENTENCE_CHARACTERS = 1_000
 _TRAINING_SENTENCES = 10_000_000  # drawn from larger corpora; T5 used as many
 _TRAINING_SEED = 1
+_CONTROL_AND_BYTES = 3 + 256  # ids that every tokenizer has: pad, EOS, unknown; a piece per byte
+# SentencePiece's own limits; beyond them it speaks of lines of its source.
+_MIN_COVERAGE = 0.98
+_MAX_THREADS = 1024
+_NO_TEXT = re.compile(r"sentences_\.empty\(\)|all_chars_count")
+_SOURCE_LINE = re.compile(r"^\w+: \S+\(\d+\) \[.*\] ")
 
 
 def train_tokenizer(
@@ -43,19 +49,22 @@ def train_tokenizer(
         output: the model file to write.
         vocab_size: ids in all, `num_sentinels` of them sentinels, which are not in the file.
         num_sentinels: to be given to `Tokenizer` as `num_extra_ids`.
-        character_coverage: share of characters that get pieces; the rest become bytes.
-        threads: threads of SentencePiece.
+        character_coverage: share of characters that get pieces, 0.98 to 1; the rest become bytes.
+        threads: threads of SentencePiece, 1 to 1024.
 
     Raises:
-        UserError: if inputs are missing, damaged or empty, or do not suit `vocab_size`.
+        UserError: if a number is out of range, inputs are missing, damaged or without text, or do
+            not suit `vocab_size`, or the output cannot be written.
     """
+    _check_numbers(vocab_size, num_sentinels, character_coverage, threads)
     check_inputs(inputs)
     failures: list[Exception] = []
+    rejections = RejectionLog()
     model = io.BytesIO()
     sentencepiece.set_random_generator_seed(_TRAINING_SEED)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_caught(_sentences(inputs), failures),
+            sentence_iterator=_caught(_sentences(inputs, rejections), failures),
             model_writer=model,
             model_type="unigram",
             vocab_size=vocab_size - num_sentinels,
@@ -75,15 +84,59 @@ def train_tokenizer(
     if failures and isinstance(failures[0], UserError):
         raise failures[0]
     if failures:
+        sizes = f"vocab_size {vocab_size}, of which {num_sentinels} sentinels"
+        raise UserError(_explained(failures[0], sizes, rejections)) from failures[0]
+    if rejections.count:
+        warn(rejections.summary())
+    _write_model(output, model.getvalue())
+
+
+def _explained(failure: Exception, sizes: str, rejections: RejectionLog) -> str:
+    """SentencePiece's failure in words for the user."""
+    if _NO_TEXT.search(str(failure)):
+        return (
+            f"the inputs hold no usable text ({rejections.summary()}). Give JSONL with the text "
+            "under 'text', or plain text, in UTF-8."
+        )
+    reason = _SOURCE_LINE.sub("", str(failure)).rstrip(". ")
+    return (
+        f"no tokenizer of {sizes}, can be trained on these inputs; SentencePiece says: {reason}. "
+        "Its sizes do not count the sentinels. Choose a vocab_size within its limits or more text."
+    )
+
+
+def _check_numbers(
+    vocab_size: int, num_sentinels: int, character_coverage: float, threads: int
+) -> None:
+    if vocab_size - num_sentinels <= _CONTROL_AND_BYTES:
         raise UserError(
-            f"no tokenizer of vocab_size {vocab_size}, of which {num_sentinels} sentinels, can be "
-            f"trained on these inputs; SentencePiece says: {failures[0]}. Its sizes do not count "
-            "the sentinels. Choose a vocab_size within its limits or more text."
-        ) from failures[0]
+            f"vocab_size is {vocab_size}; {num_sentinels} sentinels and {_CONTROL_AND_BYTES} ids "
+            "for pad, EOS, unknown and the bytes come first, and text needs some as well. Choose "
+            f"{num_sentinels + _CONTROL_AND_BYTES + 1} or more (T5: 32100)."
+        )
+    if not _MIN_COVERAGE <= character_coverage <= 1.0:
+        raise UserError(
+            f"character_coverage is {character_coverage}; SentencePiece takes [{_MIN_COVERAGE}, 1]."
+            " Use 0.9995, or 1 for a small alphabet."
+        )
+    if not 1 <= threads <= _MAX_THREADS:
+        raise UserError(f"threads is {threads}; it must lie in [1, {_MAX_THREADS}].")
+
+
+def _write_model(output: Path, content: bytes) -> None:
     aside = output.with_name(output.name + ".partial")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside.write_bytes(model.getvalue())
-    aside.replace(output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            aside.write_bytes(content)
+            aside.replace(output)
+        finally:
+            aside.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the tokenizer '{output}': {error.strerror}. Choose a file in a folder "
+            "that you may write to and that has room."
+        ) from error
 
 
 def _caught(sentences: Iterator[str], failures: list[Exception]) -> Iterator[str]:
@@ -94,14 +147,11 @@ def _caught(sentences: Iterator[str], failures: list[Exception]) -> Iterator[str
         failures.append(error)
 
 
-def _sentences(inputs: Iterable[Path]) -> Iterator[str]:
-    rejections = RejectionLog()
+def _sentences(inputs: Iterable[Path], rejections: RejectionLog) -> Iterator[str]:
     for path in inputs:
         for document in read_documents(path, reject=rejections):
             for line in document.text.splitlines():
                 yield from _pieces(line)
-    if rejections.count:
-        warn(rejections.summary())
 
 
 def _pieces(line: str) -> Iterator[str]:
@@ -133,12 +183,12 @@ class Tokenizer:
         except OSError as error:
             raise UserError(
                 f"cannot read the tokenizer '{path}': {error.strerror}. Give the path of a "
-                "SentencePiece model, e.g. one written by `megaswitch tokenizer`."
+                "SentencePiece model, e.g. one written by `megaswitch tokenizer train`."
             ) from error
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(content)
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeDecodeError) as error:  # its messages quote the damaged bytes
             raise UserError(
                 f"'{path}' is not a SentencePiece model, or is damaged. Copy or train it again."
             ) from error
@@ -146,7 +196,8 @@ class Tokenizer:
         if ids != (PAD_ID, EOS_ID, _UNK_ID):
             raise UserError(
                 f"'{path}' has the ids {ids} for pad, EOS and unknown, and must have "
-                f"{(PAD_ID, EOS_ID, _UNK_ID)} as T5 has. Train one with `megaswitch tokenizer`."
+                f"{(PAD_ID, EOS_ID, _UNK_ID)} as T5 has. Train one with `megaswitch tokenizer "
+                "train`."
             )
         self.pad_id, self.eos_id, self.unk_id = ids
         self.num_extra_ids = num_extra_ids

@@ -55,12 +55,12 @@ class Attention(nn.Module):
             [B, Q, d_model].
         """
         q, k, v = self._split(self.q(x)), self._split(self.k(memory)), self._split(self.v(memory))
-        learns = bias is not None and bias.requires_grad
-        if learns or (noise is not None and self.dropout):
+        # In bf16 the fused kernels would round the bias; training does not, so evaluation must not.
+        exact = bias is not None and (bias.requires_grad or bias.dtype != q.dtype)
+        if exact or (noise is not None and self.dropout):
             heads = self._explicit(q, k, v, bias, noise)
         else:
-            mask = None if bias is None else bias.to(q.dtype)
-            heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+            heads = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
         return self.o(heads.transpose(1, 2).flatten(2))
 
     def _explicit(

@@ -7,7 +7,6 @@ from names.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,8 +53,3 @@ def spec_of(parameter: nn.Parameter) -> ShardSpec:
     spec = parameter.shard_spec  # type: ignore[attr-defined]
     assert isinstance(spec, ShardSpec)
     return spec
-
-
-def undeclared(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
-    """Names of the parameters without a `ShardSpec`."""
-    return [name for name, parameter in named_parameters if not hasattr(parameter, "shard_spec")]

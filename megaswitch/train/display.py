@@ -36,8 +36,10 @@ class Display:
             f"{mesh.size} × {mesh.device.type} · {config.train.precision} · {config.optim.name}"
         )
         self.first_step: int | None = None
+        # Steps of a large model may be minutes apart; rich would forget them after 30 seconds.
         self.progress = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn()
+            *(TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn()),
+            speed_estimate_period=3600,
         )
         self.task = self.progress.add_task("train", total=self.steps)
 

@@ -44,7 +44,7 @@ class Validation:
         training = model.training
         model.eval()
         losses = LossMeter(mesh.device)
-        router = RouterMeter(model.config.moe.num_experts, mesh.device)
+        router = RouterMeter(model.config, mesh.device)
         counts = torch.zeros(model.config.vocab_size, dtype=torch.float64, device=mesh.device)
         content_loss = torch.zeros((), dtype=torch.float64, device=mesh.device)
         starts = range(0, self.samples, self.micro_batch_size)

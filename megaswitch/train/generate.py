@@ -20,6 +20,9 @@ def greedy(
 ) -> Tensor:
     """The most likely continuation, token by token.
 
+    Routing groups span rows in evaluation too, so where experts overflow a row's text may depend on
+    the rows beside it.
+
     Args:
         model: in evaluation mode.
         encoder_tokens: [B, Le] int64.

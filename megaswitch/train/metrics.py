@@ -13,32 +13,39 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from megaswitch.config import ModelConfig
+from megaswitch.files import lock, write_durably
 from megaswitch.layers.vocab import TokenLosses
+from megaswitch.log import warn
 from megaswitch.model.switch_transformer import LayerRouting, SwitchOutput
 from megaswitch.parallel.mesh import Mesh
 
 # Dense bf16 tensor-core peaks, FLOP/s, from the vendors' data sheets; others are not guessed.
-_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12}
+# (PCIe and NVL cards of the H100 are slower and have names of their own.)
+_BF16_PEAKS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "H100 SXM": 989e12, "A100": 312e12}
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Peak FLOP/s of one device in training precision, or None if it is not known."""
-    if device.type != "cuda":
+def peak_flops(device: torch.device, precision: torch.dtype) -> float | None:
+    """Peak FLOP/s of one device in `precision`, or None if it is not known."""
+    if device.type != "cuda" or precision != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((flops for key, flops in _PEAK_FLOPS.items() if key in name), None)
+    return next((flops for key, flops in _BF16_PEAKS.items() if key in name), None)
 
 
 class RouterMeter:
-    """Sums of one or more Switch layers' routing, over real tokens.
+    """Sums of all Switch layers' routing, over real tokens.
 
-    The vector of a layer is [tokens, kept, Σ entropy, Σ gate, tokens per expert …].
+    The vector of a layer is [tokens, kept, Σ entropy, Σ gate, tokens per expert …]. Every rank has
+    one for every layer, also a rank that counts nothing, so that all can add them up.
     """
 
-    def __init__(self, num_experts: int, device: torch.device) -> None:
-        self.num_experts = num_experts
-        self.device = device
-        self.layers: dict[str, Tensor] = {}
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        self.num_experts = config.moe.num_experts
+        self.layers = {
+            name: torch.zeros(4 + self.num_experts, dtype=torch.float64, device=device)
+            for name in config.switch_layers()
+        }
 
     @torch.no_grad()
     def add(self, routing: Mapping[str, LayerRouting], masks: Mapping[str, Tensor | None]) -> None:
@@ -52,12 +59,11 @@ class RouterMeter:
             mask = masks[name.split(".")[0]]
             real = torch.ones_like(layer.kept) if mask is None else mask
             ones = real.flatten().double()
-            load = torch.zeros(self.num_experts, dtype=torch.float64, device=self.device)
+            load = torch.zeros(self.num_experts, dtype=torch.float64, device=ones.device)
             load.scatter_add_(0, layer.expert.flatten(), ones)
             kept = (layer.kept & real).sum()
             sums = [real.sum(), kept, (layer.entropy * real).sum(), (layer.gate * real).sum()]
-            row = torch.cat([torch.stack([s.double() for s in sums]), load])
-            self.layers[name] = self.layers[name] + row if name in self.layers else row
+            self.layers[name] += torch.cat([torch.stack([s.double() for s in sums]), load])
 
     def summary(self, mesh: Mesh) -> dict[str, float]:
         """Metrics over all ranks; the meter is emptied.
@@ -68,9 +74,10 @@ class RouterMeter:
         """
         if not self.layers:
             return {}
-        names = sorted(self.layers)
-        table = mesh.sum_(torch.stack([self.layers[name] for name in names])).cpu()
-        self.layers = {}
+        names = list(self.layers)
+        table = mesh.sum_(torch.stack(list(self.layers.values()))).cpu()
+        for sums in self.layers.values():
+            sums.zero_()
         tokens = table[:, 0].clamp(min=1)
         columns = {
             "dropped_fraction": 1 - table[:, 1] / tokens,
@@ -117,6 +124,8 @@ class LossMeter:
 class MetricLog:
     """`metrics.jsonl` and TensorBoard files in the run folder, with the same names in both.
 
+    While it is open no other process can open one in the same folder.
+
     Args:
         run_dir: the run's folder.
         first_step: steps from here on are about to be written; a resumed run drops what an
@@ -124,7 +133,7 @@ class MetricLog:
     """
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(run_dir)
         self.path = run_dir / "metrics.jsonl"
         self._cut(first_step)
         self.file = self.path.open("a", encoding="utf-8")
@@ -138,27 +147,29 @@ class MetricLog:
             self.board.add_scalar(key, value, step)
 
     def close(self) -> None:
-        """Flush and close both."""
+        """Flush and close both, and let others have the run folder."""
         self.file.close()
         self.board.close()
+        self.lock.close()
 
     def _cut(self, first_step: int) -> None:
         kept = [m for m in read_metrics(self.path) if m["step"] < first_step]
         aside = self.path.with_suffix(".unfinished")
-        aside.write_text("".join(json.dumps(m) + "\n" for m in kept), encoding="utf-8")
+        write_durably(aside, "".join(json.dumps(m) + "\n" for m in kept))
         os.replace(aside, self.path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line cut short by a crash is left out."""
+    """The lines of a `metrics.jsonl`; those that a crash or a power cut spoilt are left out."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
     metrics = []
-    for number, line in enumerate(lines):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            metrics.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number != len(lines) - 1:
-                raise
+            entry = json.loads(line)
+            int(entry["step"])
+        except (ValueError, KeyError, TypeError):
+            warn(f"line {number} of {path} is damaged and was left out")
+        else:
+            metrics.append(entry)
     return metrics

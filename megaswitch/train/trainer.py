@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -18,12 +20,13 @@ from megaswitch.checkpoint.manager import (
     TrainState,
     checkpoints,
     read_config,
-    write_durably,
+    read_state,
 )
 from megaswitch.config import RunConfig, differences, to_toml
 from megaswitch.data.loader import SpanCorruptionLoader
 from megaswitch.data.span_corruption import Seq2SeqBatch
 from megaswitch.data.tokenizer import Tokenizer
+from megaswitch.files import write_durably
 from megaswitch.layers.noise import Noise
 from megaswitch.log import UserError, info
 from megaswitch.model.count import count
@@ -39,10 +42,12 @@ from megaswitch.train.objectives import BatchSize, forward, training_loss
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Keys that a run may change when it goes on; the rest of the configuration is its identity.
-_MAY_CHANGE = ("train.steps", "train.run_dir", "train.device", "train.micro_batch_size",
-               "train.activation_checkpointing", "train.log_interval", "train.valid_interval",
-               "train.valid_samples", "checkpoint.", "data.train", "data.valid",
-               "data.tokenizer")  # fmt: skip
+_MAY_CHANGE = (
+    *("model.preset", "data.train", "data.valid", "data.tokenizer", "checkpoint."),
+    *("train.steps", "train.run_dir", "train.device", "train.micro_batch_size"),
+    *("train.activation_checkpointing", "train.log_interval"),
+    *("train.valid_interval", "train.valid_samples"),
+)
 
 
 @dataclass
@@ -58,47 +63,45 @@ class Trainer:
     checkpoints: CheckpointManager
     log: MetricLog | None
     state: TrainState
+    failure: Exception | None = None  # of this rank alone; the next step tells the others
 
     @classmethod
     def build(cls, config: RunConfig, mesh: Mesh) -> Trainer:
         """Data, model, optimizer and, where the run folder has one, its newest checkpoint."""
-        loader = build_loader(config, "train")
+        run_dir = Path(config.train.run_dir)
+        with mesh.together():
+            loader = build_loader(config, "train")
+            validation = build_validation(config)
         with torch.device(mesh.device):
             model = SwitchTransformer(config.model)
         model.set_activation_checkpointing(config.train.activation_checkpointing)
         optimizer = build_optimizer(model.parameters(), config.optim)
-        run_dir = Path(config.train.run_dir)
+        tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else None
         manager = CheckpointManager(
-            run_dir,
-            keep=config.checkpoint.keep,
-            mesh=mesh,
-            tokenizer=check_tokenizer(config, loader),
+            run_dir, keep=config.checkpoint.keep, mesh=mesh, tokenizer=tokenizer
         )
-        found = checkpoints(manager.folder)
-        if found:
-            check_resume(found[-1], config)
-            state = manager.restore(found[-1], model, optimizer)
-            if state.fingerprint != loader.fingerprint:
-                raise UserError(
-                    f"{found[-1]} was trained on other data (fingerprint {state.fingerprint}) than "
-                    f"data.train={config.data.train!r} ({loader.fingerprint}); give the same data "
-                    "or another train.run_dir"
-                )
-            info(f"resuming from {found[-1]}")
+        newest = next(reversed(checkpoints(manager.folder)), None)
+        with mesh.together():
+            check_same_view(mesh, config, loader, newest)
+            if newest:
+                check_resume(newest, config, loader)
+        if newest:
+            state = manager.restore(newest, model, optimizer)
+            info(f"resuming from {newest}")
         else:
             model.initialize(config.train.seed)
             state = TrainState(step=0, samples=0, fingerprint=loader.fingerprint)
-        log = None
-        if mesh.rank == 0:
-            log = MetricLog(run_dir, state.step + 1)
-            write_durably(run_dir / "config.toml", to_toml(config))
+        with mesh.together():
+            log = MetricLog(run_dir, state.step + 1) if mesh.rank == 0 else None
+            if log:
+                write_durably(run_dir / "config.toml", to_toml(config))
         return cls(
             config=config,
             mesh=mesh,
             model=model.train(),
             optimizer=optimizer,
             loader=loader,
-            validation=build_validation(config),
+            validation=validation,
             checkpoints=manager,
             log=log,
             state=state,
@@ -114,13 +117,14 @@ class Trainer:
             UserError: the loss or the gradient is not finite, or a checkpoint cannot be written.
         """
         train = self.config.train
+        if self.state.step >= train.steps:
+            info(f"nothing to do: the run is at step {self.state.step} of {train.steps}")
         losses = LossMeter(self.mesh.device)
-        router = RouterMeter(self.config.model.moe.num_experts, self.mesh.device)
+        router = RouterMeter(self.config.model, self.mesh.device)
         display = Display(self.config, self.mesh, count(self.config.model).total_parameters)
         flops = self._training_flops_per_sequence()
-        saved = self.state.step
         clock, since = time.perf_counter(), self.state
-        with _Interrupt() as interrupt, display:
+        with self._logging(), _Interrupt() as interrupt, display:
             while self.state.step < train.steps:
                 step = self.state.step + 1
                 logged = step % train.log_interval == 0 or step == train.steps
@@ -131,22 +135,31 @@ class Trainer:
                     metrics = losses.summary(self.mesh) | router.summary(self.mesh)
                     metrics |= {"learning_rate": rate, "grad_norm": norm}
                     metrics |= self._speed(self.state.samples - since.samples, elapsed, flops)
-                    self._record(step, metrics, display)
+                    self._write(step, metrics)
+                    display.step(step, metrics)
+                    clock, since = time.perf_counter(), self.state
+                pause = time.perf_counter()
                 if self.validation and (step % train.valid_interval == 0 or step == train.steps):
                     self._validate(step, display)
                 every = self.config.checkpoint.interval
                 if stop or step == train.steps or (every and step % every == 0):
-                    path = self._save()
-                    saved = step
-                    display.note(f"saved {path}")
-                if logged:  # validating and saving are not training time
-                    clock, since = time.perf_counter(), self.state
+                    display.note(f"saved {self._save()}")
+                clock += time.perf_counter() - pause  # neither is training time
                 if stop:
                     break
-        assert saved == self.state.step
-        if self.log:
-            self.log.close()
+        with self.mesh.together():
+            if self.failure:
+                raise self.failure
         return self.state.step >= train.steps
+
+    @contextmanager
+    def _logging(self) -> Iterator[None]:
+        """Close the log, and with it the run folder's lock, however training ends."""
+        try:
+            yield
+        finally:
+            if self.log:
+                self.log.close()
 
     def _step(
         self, rate: float, losses: LossMeter, router: RouterMeter | None, stop: bool
@@ -155,16 +168,19 @@ class Trainer:
         size = batch_size(self.config, self.state.samples)
         share = size // self.mesh.size
         start = self.state.samples + self.mesh.rank * share
-        micro = self.config.train.micro_batch_size
-        batches = [
-            self.loader.batch(range(first, first + micro))
-            for first in range(start, start + share, micro)
-        ]
-        # One small sum tells every rank the global counts, and whether one was asked to stop.
-        counts = torch.tensor(
-            [sum(int(b.decoder_mask.sum()) for b in batches), int(stop)], device=self.mesh.device
-        )
-        tokens, stops = self.mesh.sum_(counts).tolist()
+        firsts = range(start, start + share, self.config.train.micro_batch_size)
+        batches = self._batches(firsts)
+        # One small sum tells every rank the global counts, whether one was asked to stop, and
+        # whether one has failed where the others cannot see it.
+        tokens = sum(int(batch.decoder_mask.sum()) for batch in batches)
+        flags = [tokens, int(stop), int(self.failure is not None)]
+        tokens, stops, failures = self.mesh.sum_(
+            torch.tensor(flags, device=self.mesh.device)
+        ).tolist()
+        if failures:
+            with self.mesh.together():
+                if self.failure:
+                    raise self.failure
         whole = BatchSize(rows=size, tokens=tokens)
         loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for batch in batches:
@@ -199,18 +215,31 @@ class Trainer:
             router.add(output.routing, masks)
         return loss.detach().double()
 
+    def _batches(self, firsts: range) -> list[Seq2SeqBatch]:
+        """The micro-batches that begin at these samples; a failure is kept for `_step`."""
+        try:
+            return [self.loader.batch(range(i, i + firsts.step)) for i in firsts]
+        except UserError as error:
+            self.failure = error
+            return []
+
     def _validate(self, step: int, display: Display) -> None:
         assert self.validation
         precision = _PRECISIONS[self.config.train.precision]
         metrics = self.validation.run(self.model, self.mesh, precision)
-        if self.log:
-            self.log.write(step, {f"valid/{key}": value for key, value in metrics.items()})
+        self._write(step, {f"valid/{key}": value for key, value in metrics.items()})
         display.validation(step, metrics)
 
-    def _record(self, step: int, metrics: dict[str, Any], display: Display) -> None:
-        if self.log:
-            self.log.write(step, metrics)
-        display.step(step, metrics)
+    def _write(self, step: int, metrics: dict[str, Any]) -> None:
+        """Log on rank 0; a failure is kept for `_step`."""
+        try:
+            if self.log:
+                self.log.write(step, metrics)
+        except OSError as error:
+            self.failure = UserError(
+                f"metrics cannot be written to {self.config.train.run_dir}: {error.strerror}; free "
+                "space there and start the same command again"
+            )
 
     def _save(self) -> Path:
         return self.checkpoints.save(self.config, self.state, self.model, self.optimizer)
@@ -230,7 +259,7 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "tflops_per_second": sequences * flops / seconds / 1e12,
         }
-        peak = peak_flops(self.mesh.device)
+        peak = peak_flops(self.mesh.device, _PRECISIONS[self.config.train.precision])
         if peak:
             speed["mfu"] = sequences * flops / seconds / (peak * self.mesh.size)
         return speed
@@ -303,6 +332,7 @@ def build_loader(config: RunConfig, split: str) -> SpanCorruptionLoader:
         noise_density=config.data.noise_density,
         mean_span_length=config.data.mean_span_length,
         shuffle=split == "train",
+        tokenizer=Tokenizer(config.data.tokenizer).info if config.data.tokenizer else None,
     )
 
 
@@ -318,27 +348,30 @@ def build_validation(config: RunConfig) -> Validation | None:
     )
 
 
-def check_tokenizer(config: RunConfig, loader: SpanCorruptionLoader) -> Path | None:
-    """The tokenizer that checkpoints take along, if `data.tokenizer` names one.
+def check_same_view(
+    mesh: Mesh, config: RunConfig, loader: SpanCorruptionLoader, newest: Path | None
+) -> None:
+    """Refuse ranks that would train apart: other configuration, data, or checkpoint to go on from.
 
     Raises:
-        UserError: it is not the one that the training data was made with.
+        UserError: saying which of the three differ.
     """
-    if config.data.tokenizer is None:
-        return None
-    tokenizer = Tokenizer(config.data.tokenizer)
-    meta = loader.store.meta
-    if meta is not None and meta.tokenizer_sha256 != tokenizer.sha256:
+    views = {
+        "configurations": to_toml(config),
+        "training data": loader.fingerprint,
+        "newest checkpoints": newest.name if newest else "none",
+    }
+    gathered = mesh.gather(views)
+    differing = [key for key in views if len({view[key] for view in gathered}) > 1]
+    if differing:
         raise UserError(
-            f"data.tokenizer={config.data.tokenizer!r} is not the tokenizer that data.train="
-            f"{config.data.train!r} was made with (their SHA-256 differ); give that one, or "
-            "preprocess the text again"
+            f"the ranks see different {' and '.join(differing)}; give all nodes the same command "
+            "and keep train.run_dir and the data on storage that they share"
         )
-    return Path(config.data.tokenizer)
 
 
-def check_resume(path: Path, config: RunConfig) -> None:
-    """Refuse to go on from `path` under a configuration that would make it another run."""
+def check_resume(path: Path, config: RunConfig, loader: SpanCorruptionLoader) -> None:
+    """Refuse to go on from `path` if that would be another run: other configuration or data."""
     changed = [
         line
         for key, line in differences(read_config(path), config)
@@ -348,4 +381,11 @@ def check_resume(path: Path, config: RunConfig) -> None:
         raise UserError(
             f"{path} was written under another configuration: {'; '.join(changed)}. Use the same "
             "values, or another train.run_dir for a new run"
+        )
+    trained_on = read_state(path)["state"]["fingerprint"]
+    if trained_on != loader.fingerprint:
+        raise UserError(
+            f"{path} was trained on other data (fingerprint {trained_on}) than data.train="
+            f"{config.data.train!r} ({loader.fingerprint}); give the same data or another "
+            "train.run_dir"
         )

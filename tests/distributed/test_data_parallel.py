@@ -42,16 +42,40 @@ mesh.stop()
 """
 
 
+# Runs the command line with one rank made to differ.
+UNEQUAL = """
+import os, resource, signal, sys
+from megaswitch.train import trainer
+from megaswitch.cli import main
+
+kind = sys.argv.pop(1)
+mine = int(os.environ["RANK"])
+if kind == "sees no checkpoint" and mine == 1:
+    trainer.checkpoints = lambda folder: []
+if kind == "cannot read its data" and mine == 1:
+    def batch(self, indices):
+        raise trainer.UserError("the data of this node is gone")
+    trainer.SpanCorruptionLoader.batch = batch
+if kind == "cannot write metrics" and mine == 0:
+    def write(self, step, metrics):
+        raise OSError(28, "No space left on device")
+    trainer.MetricLog.write = write
+main()
+"""
+
+
 def launch(ranks: int, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return subprocess.run(
+    process = subprocess.run(
         [*torchrun, f"--nproc-per-node={ranks}", *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=240,
-        check=check,
+        check=False,
     )
+    assert not check or process.returncode == 0, process.stderr
+    return process
 
 
 def losses(run_dir: Path) -> dict[int, float]:
@@ -115,3 +139,39 @@ def test_a_batch_that_two_ranks_cannot_share_is_refused_before_they_meet(run_opt
     assert "train.batch_size=12 must be a multiple of" in process.stderr
     assert "4 × 2 = 8; use" in process.stderr
     assert "Traceback (most recent call last)" not in process.stderr.split("elastic")[0]
+
+
+def test_more_ranks_than_validation_batches(run_options, tmp_path):
+    config = tmp_path / "run.toml"
+    config.write_text("")
+    few = ["--train.valid_samples=4", "--train.steps=2", "--train.valid_interval=1"]
+    train = ["-m", "megaswitch", "train", str(config), *run_options, *few]
+    launch(1, *train, f"--train.run_dir={tmp_path / 'one'}")
+    launch(2, *train)
+    one, two = (
+        [m for m in read_metrics(tmp_path / name / "metrics.jsonl") if "valid/loss" in m]
+        for name in ("one", "run")
+    )
+    assert len(two) == 2
+    for a, b in zip(one, two, strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("sees no checkpoint", "the ranks see different newest checkpoints"),
+        ("cannot read its data", "the data of this node is gone"),
+        ("cannot write metrics", "metrics cannot be written to"),
+    ],
+)
+def test_one_rank_in_trouble_ends_all_with_its_reason(run_options, tmp_path, kind, message):
+    config, script = tmp_path / "run.toml", tmp_path / "unequal.py"
+    config.write_text("")
+    script.write_text(UNEQUAL)
+    launch(1, "-m", "megaswitch", "train", str(config), *run_options, "--train.steps=2")
+    process = launch(2, str(script), kind, "train", str(config), *run_options, check=False)
+    ours = process.stderr.split("ChildFailedError")[0]
+    assert process.returncode != 0
+    assert f"error: {message}" in ours or f"error on rank 1: {message}" in ours
+    assert "GLHF" not in ours  # gloo's word for a peer that went away unannounced

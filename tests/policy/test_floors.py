@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2] / "megaswitch"
 FLOORS = [
-    {"log", "presets", "schema", "rules", "config"},
+    {"log", "files", "presets", "schema", "rules", "config"},
     {"parallel"},
     {"layers"},
     {"model", "data"},

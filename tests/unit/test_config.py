@@ -77,6 +77,7 @@ def test_all_problems_are_reported_at_once(tmp_path):
         precision = "fp8"
         [optim]
         schedule = "cosine"
+        learning_rate = 0.01
         beta1 = 0.9
         """,
     )
@@ -99,13 +100,13 @@ def test_all_problems_are_reported_at_once(tmp_path):
 
 def test_a_misplaced_key_hides_no_other_problem(tmp_path):
     # `steps` at the top is part of the text `train.steps`, which the second problem speaks of.
-    path = write(tmp_path, "steps = 3\n[optim]\nschedule = 'linear'\n")
+    path = write(tmp_path, "steps = 3\n[optim]\nlearning_rate = 0.01\nschedule = 'linear'\n")
     assert len(problems(path=path)) == 2
     assert len(problems("", "--train.batch_size=7")) == 2
 
 
 def test_a_wrong_section_silences_the_rules_about_it(tmp_path):
-    path = write(tmp_path, "train = 3\n[optim]\nschedule = 'linear'\n")
+    path = write(tmp_path, "train = 3\n[optim]\nlearning_rate = 0.01\nschedule = 'linear'\n")
     (problem,) = problems(path=path)
     assert problem.startswith("train=3 is wrong")
 
@@ -138,7 +139,7 @@ DEAD = [
     ("optim.scale_by_parameter=false", ("--optim.name=adamw",)),
     ("optim.decay_steps=10", ()),
     ("optim.min_learning_rate=0.1", ()),
-    ("optim.min_learning_rate=0.1", ("--optim.schedule=constant",)),
+    ("optim.min_learning_rate=0.1", ("--optim.schedule=constant", "--optim.learning_rate=0.2")),
     ("train.rampup_increment=8", ()),
     ("train.rampup_samples=8", ()),
 ]
@@ -340,6 +341,7 @@ def test_ramp_up(start, increment, samples, fault):
 )
 def test_warmup_and_decay_fit_in_the_run(schedule, warmup, decay, faults):
     overrides = [f"--optim.schedule={schedule}", f"--optim.warmup_steps={warmup}"]
+    overrides += ["--optim.learning_rate=0.01"]
     overrides += [f"--optim.decay_steps={decay}"] * (decay is not None)
     if not faults:
         load_config(None, overrides)
@@ -372,8 +374,9 @@ def test_warmup_and_decay_fit_in_the_run(schedule, warmup, decay, faults):
         ),
         (
             ("--optim.name=adamw", "--optim.schedule=wsd", "--optim.decay_steps=10",
-             "--optim.warmup_steps=0", "--optim.min_learning_rate=2.0"),
-            "optim.min_learning_rate=2.0 must not exceed optim.learning_rate=1.0",
+             "--optim.warmup_steps=0", "--optim.min_learning_rate=2.0",
+             "--optim.learning_rate=0.05"),
+            "optim.min_learning_rate=2.0 must not exceed optim.learning_rate=0.05",
         ),
     ],
 )  # fmt: skip
@@ -432,7 +435,12 @@ def test_text_and_config_are_one_for_every_preset(preset, tmp_path):
     "overrides",
     [
         ("--optim.name=adamw", "--optim.beta1=0.8", "--optim.clip_grad_norm=1.0"),
-        ("--optim.schedule=wsd", "--optim.decay_steps=9", "--optim.warmup_steps=0"),
+        (
+            "--optim.schedule=wsd",
+            "--optim.decay_steps=9",
+            "--optim.warmup_steps=0",
+            "--optim.learning_rate=0.01",
+        ),
         (SWITCH, "--model.moe.capacity_mode=hf", "--model.moe.hf_capacity=3"),
         (SWITCH, "--model.moe.capacity_mode=dropless"),
         (SWITCH, "--model.moe.expert_dropout=0.4", "--model.moe.jitter=0.0"),
@@ -473,3 +481,39 @@ def test_known_keys_are_leaves():
 def test_a_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         RunConfig().train.steps = 3
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["--optim.name=adamw"],  # the default is rsqrt's numerator; 1 / 100 steps
+        ["--optim.schedule=constant"],
+        ["--optim.schedule=cosine", "--optim.warmup_steps=10"],
+        ["--optim.name=adamw", "--optim.schedule=constant", "--optim.learning_rate=0.1"],
+    ],
+)
+def test_the_default_learning_rate_is_refused_where_it_is_absurd(overrides):
+    if overrides == ["--optim.name=adamw"]:
+        overrides = [*overrides, "--optim.warmup_steps=100"]
+    with pytest.raises(ConfigError, match=r"optim\.learning_rate=.* is common"):
+        load_config(None, overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["--train.valid_interval=10"],
+        ["--train.valid_samples=10"],
+        ["--optim.scale_by_parameter=false", "--optim.epsilon2=0.1"],
+        ["--optim.expert_statistics=joint"],
+    ],
+)
+def test_more_keys_that_would_be_ignored(overrides):
+    with pytest.raises(ConfigError, match="would be ignored because"):
+        load_config(None, overrides)
+
+
+@pytest.mark.parametrize("override", ["--model.moe=5", "--optim.name.x=1"])
+def test_sections_and_values_are_not_mixed_up(override):
+    with pytest.raises(ConfigError, match="section"):
+        load_config(None, ["--optim.name=adafactor", override])

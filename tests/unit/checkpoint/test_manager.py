@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import megaswitch
 from megaswitch.checkpoint import manager
@@ -53,7 +54,8 @@ def test_a_crash_while_saving_leaves_the_earlier_checkpoint(trainer, monkeypatch
     if moment == "rename":
         monkeypatch.setattr(manager.Path, "rename", crash)
     else:
-        monkeypatch.setattr(manager.CheckpointManager, moment, crash)
+        owner = manager if moment == "_sums" else manager.CheckpointManager
+        monkeypatch.setattr(owner, moment, crash)
     trainer.state = manager.TrainState(3, 24, trainer.state.fingerprint)
     with pytest.raises(Crash):
         trainer._save()
@@ -116,3 +118,29 @@ def test_tensors_come_back_exactly(trainer):
     model = megaswitch.load_model(find_checkpoint(trainer.checkpoints.folder))
     for name, value in model.named_parameters():
         assert torch.equal(value, trainer.model.get_parameter(name)), name
+
+
+def test_a_tensor_file_that_is_not_listed_is_refused(trainer):
+    trainer.fit()
+    path = find_checkpoint(trainer.checkpoints.folder)
+    save_file({"model.embedding.weight": torch.zeros(1)}, path / "zzz.safetensors")
+    with pytest.raises(UserError, match=r"zzz\.safetensors is not part of it"):
+        megaswitch.load_model(path)
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_no_reason_to_stop(
+    run_options, tmp_path, monkeypatch, capsys
+):
+    remove = manager.shutil.rmtree
+
+    def busy(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(39, "Directory not empty")
+        remove(path, ignore_errors=True)
+
+    monkeypatch.setattr(manager.shutil, "rmtree", busy)
+    options = ["--train.steps=4", "--checkpoint.interval=1", "--checkpoint.keep=1"]
+    assert Trainer.build(load_config(None, [*run_options, *options]), Mesh.start("cpu")).fit()
+    assert "could not be removed" in capsys.readouterr().err
+    names = [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")]
+    assert names == ["step_00000004"]

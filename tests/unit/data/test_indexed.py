@@ -1,5 +1,7 @@
 import json
 import struct
+import subprocess
+import sys
 from itertools import chain
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megaswitch.data import native
 from megaswitch.data.indexed import (
     TYPE_CODES,
     CorpusMeta,
@@ -18,8 +21,15 @@ from megaswitch.data.indexed import (
 )
 from megaswitch.log import UserError
 
+# Runs with files limited to 4 KiB, a full disk in small; Python ignores SIGXFSZ.
+LIMITED = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+
 INFO = TokenizerInfo(tokenizer_sha256="ab" * 32, vocab_size=32_100, num_extra_ids=100)
 LENGTHS_AT = 34
+
+
+def documents_of(store):
+    return [store.document(i).tolist() for i in range(store.num_documents)]
 
 
 @pytest.mark.parametrize("dtype", list(TYPE_CODES.values()), ids=lambda dtype: dtype.name)
@@ -32,11 +42,10 @@ def test_round_trip(tmp_path, dtype):
                 writer.append(sequence)
             writer.end_document()
     store = TokenStore(tmp_path / "c.v1")
-    assert (store.num_tokens, store.num_sequences, store.num_documents) == (74, 4, 3)
+    assert (store.num_tokens, store.num_documents) == (74, 3)
     assert store.dtype == dtype
     assert store.meta is None
-    assert [d.tolist() for d in store] == [[1, 2, top, 4], [], [5] * 70]
-    assert store.sequence(1).tolist() == [4]
+    assert documents_of(store) == [[1, 2, top, 4], [], [5] * 70]
     assert store.tokens(2, 3).tolist() == [top, 4, 5]
     assert not list(tmp_path.glob("*.partial"))
 
@@ -53,7 +62,7 @@ def test_any_structure_round_trips(tmp_path_factory, lengths):
                 writer.append(sequence)
             writer.end_document()
     store = TokenStore(prefix)
-    assert [d.tolist() for d in store] == [list(chain(*sequences)) for sequences in documents]
+    assert documents_of(store) == [list(chain(*sequences)) for sequences in documents]
 
 
 def test_the_bytes_are_megatrons(tmp_path):
@@ -88,6 +97,27 @@ def test_a_failed_write_leaves_the_old_corpus(tmp_path, make_corpus):
     with pytest.raises(KeyboardInterrupt):
         write_half()
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("size", [5_000, 1_900])  # fails at append; at the index, as 3.8 KB fit
+def test_a_full_disk_leaves_nothing_behind(tmp_path, size):
+    code = LIMITED + (
+        "from megaswitch.data.indexed import IndexedWriter\n"
+        f"with IndexedWriter({str(tmp_path / 'c')!r}, '<u2') as writer:\n"
+        f"    for _ in range({size}): writer.add_document([7])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "File too large" in done.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_opened_leaves_no_other_open(tmp_path):
+    (tmp_path / "c.lengths.partial").mkdir()
+    writer = IndexedWriter(tmp_path / "c", "<u2")
+    with pytest.raises(UserError, match=r"cannot write '.*c\.lengths\.partial': Is a directory"):
+        writer.__enter__()
+    assert not (tmp_path / "c.bin.partial").exists()
+    assert all(stream.closed for stream in writer._streams)
 
 
 @pytest.mark.parametrize("ids", [[65_536], [-1], [[1, 2]]])
@@ -241,8 +271,8 @@ def test_no_changed_byte_goes_unnoticed(tmp_path_factory, at, value):
     except UserError:
         assert changed != good
     else:
-        assert (store.num_tokens, store.num_sequences, store.num_documents) == (320, 2, 2)
-        assert sum(len(document) for document in store) == 320
+        assert (store.num_tokens, store.num_documents) == (320, 2)
+        assert sum(map(len, documents_of(store))) == 320
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
@@ -276,8 +306,6 @@ def test_reads_outside_are_refused_natively(make_corpus):
             store.native.read(start, out)
     with pytest.raises(IndexError):
         store.document(1)
-    with pytest.raises(IndexError):
-        store.sequence(1)
 
 
 def test_the_core_writes_into_the_given_array_only(make_corpus):
@@ -290,3 +318,23 @@ def test_the_core_writes_into_the_given_array_only(make_corpus):
     locked.flags.writeable = False
     with pytest.raises(ValueError, match="not writeable"):
         store.native.read(0, locked)
+
+
+def test_a_package_that_was_not_compiled_says_so(tmp_path):
+    package = Path(native.__file__).parents[1]
+    (tmp_path / "megaswitch" / "data").mkdir(parents=True)
+    for name in ("__init__.py", "data/__init__.py", "data/native.py"):
+        (tmp_path / "megaswitch" / name).write_bytes((package / name).read_bytes())
+    done = subprocess.run(
+        # -S: an editable installation would put its own core in the gap.
+        [sys.executable, "-S", "-c", "import megaswitch.data.native"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith(
+        f"ImportError: the package megaswitch in '{tmp_path}' has no compiled"
+    )
+    assert "Run `pip install -e .` there, or start from another folder" in message

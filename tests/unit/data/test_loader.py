@@ -1,4 +1,5 @@
 import json
+import os
 import threading
 
 import numpy as np
@@ -187,6 +188,57 @@ def test_mistakes_are_explained(prefix, changes, message):
 def test_another_tokenizer_is_refused(make_corpus, meta, message):
     with pytest.raises(UserError, match=message):
         SpanCorruptionLoader(make_corpus(1_000, tokenizer=meta), **SETTINGS)
+
+
+def test_without_sidecar_the_named_tokenizer_counts(make_corpus, capsys):
+    settings = {**SETTINGS, "vocab_size": 1152}
+    bare = make_corpus(1_000, name="bare")
+    loader = SpanCorruptionLoader(bare, **settings, tokenizer=info())
+    assert loader.sentinel_top == 1100
+    assert capsys.readouterr().err == ""
+    beside = make_corpus(1_000, tokenizer=info())
+    expected = SpanCorruptionLoader(beside, **settings, tokenizer=info())
+    assert torch.equal(loader.batch([0]).encoder_tokens, expected.batch([0]).encoder_tokens)
+    for tokenizer, message in [
+        (info(vocab_size=1153), "vocab_size is 1152, but .* a tokenizer of 1153 ids"),
+        (info(num_extra_ids=99), "num_sentinels is 100, but .* a tokenizer of 99 sentinels"),
+        (info(vocab_size=1099), "data.tokenizer must be the one the corpus was made with"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            SpanCorruptionLoader(bare, **settings, tokenizer=tokenizer)
+
+
+def test_a_tokenizer_that_contradicts_the_sidecar_is_refused(make_corpus):
+    prefix = make_corpus(1_000, tokenizer=info())
+    other = TokenizerInfo("1" * 64, 1100, 100)
+    with pytest.raises(UserError, match=r"data\.tokenizer .* is not the tokenizer that '.*' was"):
+        SpanCorruptionLoader(prefix, **SETTINGS, tokenizer=other)
+
+
+def test_what_is_assumed_without_sidecar_and_tokenizer_is_said_once(prefix, capsys):
+    loader = SpanCorruptionLoader(prefix, **SETTINGS)
+    loader.batch(range(3 * loader.samples_per_epoch))
+    assert loader.sentinel_top == 1100
+    printed = capsys.readouterr().err
+    assert printed.count("warning:") == 1
+    assert "taken to have exactly the model's 1100 ids, the top 100 of them" in printed
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_file_cut_while_it_is_open_is_refused(prefix, shuffle):
+    # Within its last page a cut does not kill the process: it would be read as zeros.
+    loader = SpanCorruptionLoader(prefix, **SETTINGS, shuffle=shuffle)
+    loader.batch(range(loader.samples_per_epoch))
+    os.truncate(f"{prefix}.bin", 19_998)
+    with pytest.raises(UserError, match=r"corpus\.bin' had 20000 bytes .* now has 19998"):
+        loader.batch([loader.samples_per_epoch])
+
+
+def test_a_corpus_replaced_while_it_is_open_is_read_on(prefix, make_corpus):
+    loader = SpanCorruptionLoader(prefix, **SETTINGS)
+    before = loader.batch(range(10))
+    make_corpus(5_000)
+    assert torch.equal(loader.batch(range(10)).encoder_tokens, before.encoder_tokens)
 
 
 def test_an_empty_corpus_is_refused(tmp_path):

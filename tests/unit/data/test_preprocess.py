@@ -1,5 +1,8 @@
 import gzip
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +12,8 @@ from megaswitch.data.indexed import TokenStore
 from megaswitch.data.loader import SpanCorruptionLoader
 from megaswitch.data.preprocess import preprocess
 from megaswitch.log import UserError
+
+SHIM = Path(__file__).resolve().parents[3] / "tools" / "preprocess_data.py"
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +31,13 @@ def inputs(tmp_path, texts):
     return [tmp_path / name for name in ("a.jsonl", "b.jsonl.gz", "c.txt.zst")]
 
 
+def documents_of(prefix):
+    store = TokenStore(prefix)
+    return [store.document(i) for i in range(store.num_documents)]
+
+
 def texts_of(prefix, tokenizer):
-    return [tokenizer.decode(ids) for ids in TokenStore(prefix)]
+    return [tokenizer.decode(ids) for ids in documents_of(prefix)]
 
 
 def test_every_document_arrives_once_in_another_order(inputs, tmp_path, tokenizer, capsys, texts):
@@ -36,7 +46,9 @@ def test_every_document_arrives_once_in_another_order(inputs, tmp_path, tokenize
     found = texts_of(tmp_path / "out" / "c", tokenizer)
     assert sorted(found) == sorted(texts)
     assert found != texts
-    assert all(document[-1] == tokenizer.eos_id for document in store)
+    assert all(
+        document[-1] == tokenizer.eos_id for document in documents_of(tmp_path / "out" / "c")
+    )
     assert store.dtype == np.dtype("<u2")
     assert (report.documents, report.tokens) == (120, store.num_tokens)
     assert report.input_bytes == sum(path.stat().st_size for path in inputs)
@@ -70,7 +82,7 @@ def test_held_out_documents(inputs, tmp_path, tokenizer, texts):
 
 def test_without_eos(inputs, tmp_path, tokenizer):
     preprocess(inputs, tmp_path / "c", tokenizer.path, append_eos=False)
-    assert 1 not in np.concatenate(list(TokenStore(tmp_path / "c")))
+    assert 1 not in np.concatenate(documents_of(tmp_path / "c"))
 
 
 def test_the_result_trains(inputs, tmp_path, tokenizer):
@@ -136,3 +148,42 @@ def test_mistakes_are_explained(inputs, tmp_path, tokenizer, changes, message):
     }
     with pytest.raises(UserError, match=message):
         preprocess(**arguments)
+
+
+def test_a_full_disk_is_explained_and_leaves_nothing_behind(tmp_path, tokenizer, make_text):
+    (tmp_path / "a.txt").write_text("\n\n".join(make_text(300)))
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "from pathlib import Path\n"
+        "from megaswitch.data.preprocess import preprocess\n"
+        f"preprocess([Path('a.txt')], Path('c'), Path({str(tokenizer.path)!r}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "UserError: cannot write the corpus 'c': File too large" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_an_unwritable_output_is_explained(inputs, tokenizer):
+    with pytest.raises(UserError, match="Choose an output prefix in a folder you may write to"):
+        preprocess(inputs, inputs[0] / "c", tokenizer.path)
+
+
+def run_shim(folder, *arguments):
+    command = [sys.executable, SHIM, "--output-prefix", "c", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_megatrons_flags(inputs, tmp_path, tokenizer):
+    flags = ["--input", *inputs, "--tokenizer-model", tokenizer.path, "--append-eod"]
+    assert run_shim(tmp_path, *flags).returncode == 0
+    assert len(documents_of(tmp_path / "c")) == 120
+    assert all(document[-1] == tokenizer.eos_id for document in documents_of(tmp_path / "c"))
+
+
+def test_megatrons_flags_explain_mistakes(inputs, tmp_path):
+    done = run_shim(tmp_path, "--input", inputs[0], "--tokenizer-model", "missing.model")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: cannot read the tokenizer 'missing.model'")
+    assert "Traceback" not in done.stderr

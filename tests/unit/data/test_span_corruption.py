@@ -191,12 +191,8 @@ def test_contradictory_layouts_are_refused():
             native.corrupt(raw, layout, seed=0, sample_index=0)
 
 
-def test_batch_rows_and_device():
+def test_batch_moves_to_a_device():
     wide, narrow = torch.arange(12).view(4, 3), torch.arange(8).view(4, 2)
     batch = Seq2SeqBatch(wide, narrow, narrow, wide > 0, narrow > 0, torch.arange(4))
-    part = batch.rows(1, 3)
     assert len(batch) == 4
-    assert len(part) == 2
-    assert part.sample_index.tolist() == [1, 2]
-    assert part.encoder_tokens.tolist() == [[3, 4, 5], [6, 7, 8]]
     assert batch.to("meta").decoder_mask.device.type == "meta"

@@ -1,5 +1,6 @@
 import gzip
 import json
+import tracemalloc
 
 import pytest
 import zstandard
@@ -121,6 +122,32 @@ def test_a_document_without_end_is_refused(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("word word\n" * 20)
     with pytest.raises(UserError, match=r"line 1 of .* needs a blank line between documents"):
         read(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("kind", [".jsonl", ".txt"])
+def test_a_line_too_long_to_hold_is_passed_over(tmp_path, monkeypatch, suffix, kind):
+    monkeypatch.setattr("megaswitch.data.text_files._MAX_DOCUMENT_BYTES", 1 << 20)
+    documents = [b"bada", b"x" * (1 << 27), b"kilo"]
+    if kind == ".jsonl":
+        documents = [b'{"text": "' + document + b'"}' for document in documents]
+    path = tmp_path / f"a{kind}{suffix}"
+    path.write_bytes(COMPRESS[suffix](b"\n\n".join(documents)))
+    del documents
+    tracemalloc.start()
+    try:
+        found = read(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found == ([(1, "bada"), (5, "kilo")], [(3, "longer than 1,048,576 bytes")])
+    assert peak < 1 << 26
+
+
+def test_a_last_line_too_long_to_hold_is_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr("megaswitch.data.text_files._MAX_DOCUMENT_BYTES", 100)
+    (tmp_path / "a.txt").write_text("x" * 100 + "\n\n" + "x" * 101)
+    assert read(tmp_path / "a.txt") == ([(1, "x" * 100)], [(3, "longer than 100 bytes")])
 
 
 def test_missing_inputs_are_all_named(tmp_path):

@@ -1,5 +1,7 @@
 import gzip
 import json
+import subprocess
+import sys
 
 import pytest
 import sentencepiece
@@ -75,17 +77,71 @@ def test_long_lines_are_not_lost(tmp_path, make_text):
     assert len(Tokenizer(tmp_path / "t.model").encode("字字字字")) <= 5  # bytes would be 13
 
 
-@pytest.mark.parametrize("vocab_size", [50, 200, 100_000])
+@pytest.mark.parametrize("vocab_size", [370, 100_000])
 def test_sizes_that_do_not_suit_the_text(tmp_path, vocab_size, make_text):
     (tmp_path / "a.txt").write_text("\n".join(make_text(50)))
-    with pytest.raises(UserError, match=f"no tokenizer of vocab_size {vocab_size}"):
+    with pytest.raises(UserError, match=f"no tokenizer of vocab_size {vocab_size}") as caught:
         train_tokenizer([tmp_path / "a.txt"], tmp_path / "t.model", vocab_size=vocab_size)
+    assert "SentencePiece says: Vocabulary size" in str(caught.value)
+    assert ".cc(" not in str(caught.value)
     assert not (tmp_path / "t.model").exists()
 
 
-def test_empty_inputs_are_refused(tmp_path):
-    (tmp_path / "a.txt").write_text("\n")
-    with pytest.raises(UserError, match="no tokenizer of vocab_size 500"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 359}, r"vocab_size is 359; .* Choose 360 or more"),
+        ({"vocab_size": -1}, "vocab_size is -1"),
+        ({"vocab_size": 259, "num_sentinels": 0}, "Choose 260 or more"),
+        ({"character_coverage": 0.0}, r"character_coverage is 0\.0"),
+        ({"character_coverage": 0.97}, r"SentencePiece takes \[0\.98, 1\]"),
+        ({"character_coverage": 1.01}, r"character_coverage is 1\.01"),
+        ({"character_coverage": float("nan")}, "character_coverage is nan"),
+        ({"threads": 0}, "threads is 0"),
+        ({"threads": 1025}, r"threads is 1025; it must lie in \[1, 1024\]"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_any_work(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        train_tokenizer(
+            [tmp_path / "missing"], tmp_path / "t.model", **{"vocab_size": 500, **changes}
+        )
+
+
+def test_a_full_disk_is_explained_and_leaves_nothing_behind(tmp_path, make_text):
+    (tmp_path / "a.txt").write_text("\n".join(make_text(300)))
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "from pathlib import Path\n"
+        "from megaswitch.data.tokenizer import train_tokenizer\n"
+        "train_tokenizer([Path('a.txt')], Path('new/t.model'), vocab_size=500)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "UserError: cannot write the tokenizer 'new/t.model': File too large" in done.stderr
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_an_unwritable_output_is_explained(tmp_path, make_text):
+    (tmp_path / "a.txt").write_text("\n".join(make_text(300)))
+    with pytest.raises(UserError, match=r"cannot write the tokenizer '.*a\.txt/t\.model'"):
+        train_tokenizer([tmp_path / "a.txt"], tmp_path / "a.txt" / "t.model", vocab_size=500)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "no lines passed over"),
+        (b"\n \n", "no lines passed over"),
+        ("\u200b\n".encode(), "no lines passed over"),
+        (b"\xff\xfe\n" * 3, r"3 lines passed over, the first at .*a\.txt:1: not UTF-8"),
+    ],
+    ids=["empty", "blank", "invisible", "not UTF-8"],
+)
+def test_inputs_without_text_are_refused(tmp_path, content, reason):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(UserError, match=rf"the inputs hold no usable text \({reason}\)"):
         train_tokenizer([tmp_path / "a.txt"], tmp_path / "t.model", vocab_size=500)
 
 
@@ -97,10 +153,14 @@ def test_damaged_inputs_are_refused_by_name(tmp_path, make_text):
     assert not (tmp_path / "t.model").exists()
 
 
-def test_files_that_are_no_tokenizer_are_refused(tmp_path):
+def test_files_that_are_no_tokenizer_are_refused(tmp_path, tokenizer_path):
     with pytest.raises(UserError, match="cannot read the tokenizer"):
         Tokenizer(tmp_path / "missing.model")
-    for content in (b"", b"not a model"):
+    with pytest.raises(UserError, match=r"cannot read the tokenizer '.*': Is a directory"):
+        Tokenizer(tmp_path)
+    # SentencePiece quotes the byte's broken name, which is not UTF-8, in its message.
+    broken_byte = tokenizer_path.read_bytes().replace(b"<0x3F>", b"\xdc0x3F>")
+    for content in (b"", b"not a model", bytes(range(256)) * 20, broken_byte):
         (tmp_path / "bad.model").write_bytes(content)
         with pytest.raises(UserError, match="is not a SentencePiece model"):
             Tokenizer(tmp_path / "bad.model")

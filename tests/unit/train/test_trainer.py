@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import megaswitch
 from megaswitch.checkpoint.manager import checkpoints, find_checkpoint, read_config
 from megaswitch.config import from_toml, load_config
 from megaswitch.log import UserError
-from megaswitch.parallel.mesh import Mesh
+from megaswitch.parallel.mesh import Mesh, world_size
 from megaswitch.train.metrics import read_metrics
 from megaswitch.train.trainer import Trainer, batch_size
 
@@ -182,3 +183,46 @@ def test_load_model_gives_the_trained_model(run_options, tmp_path):
     routing = out.routing["encoder.1.ffn"]
     assert routing.expert.shape == routing.kept.shape == (3, 64)
     assert not routing.kept[1, 40:].any()
+
+
+def test_only_one_process_trains_in_a_folder(run_options):
+    config = load_config(None, run_options)
+    first = Trainer.build(config, Mesh.start("cpu"))
+    with pytest.raises(UserError, match=rf"another process \(pid {os.getpid()}\) is training in"):
+        Trainer.build(config, Mesh.start("cpu"))
+    first.log.close()
+    fit(run_options, "--train.steps=1")
+
+
+def test_metrics_that_cannot_be_written_end_the_run(run_options, monkeypatch):
+    trainer = Trainer.build(load_config(None, run_options), Mesh.start("cpu"))
+
+    def write(step, metrics):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer.log, "write", write)
+    with pytest.raises(UserError, match=r"metrics cannot be written to .* No space left on device"):
+        trainer.fit()
+    assert trainer.state.step == 1
+
+
+def test_spoilt_lines_of_metrics_are_left_out(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2.0}\n\0\0\0\n[]\n{"loss": 1}\n{"step": 2}\n\xff{"st')
+    assert read_metrics(path) == [{"step": 1, "loss": 2.0}, {"step": 2}]
+    assert "line 2 of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE='abc' must be a number"),
+        ({"WORLD_SIZE": "2"}, "RANK and LOCAL_RANK not set"),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, "srun started 8 tasks"),
+    ],
+)
+def test_a_launch_that_would_go_wrong_is_refused(monkeypatch, environment, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        world_size()

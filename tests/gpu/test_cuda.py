@@ -1,0 +1,58 @@
+"""What only a CUDA device can show; skipped without one."""
+
+import pytest
+import torch
+
+from megaswitch.config import load_config
+from megaswitch.layers.linear import grouped_linear
+from megaswitch.layers.noise import Noise
+from megaswitch.parallel.mesh import Mesh
+from megaswitch.train.metrics import read_metrics
+from megaswitch.train.trainer import Trainer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", [[64, 64, 64, 64], [0, 200, 0, 16], [7, 1, 0, 33], [0, 0, 0, 0]])
+def test_grouped_linear_equals_the_cpu(dtype, counts):
+    generator = torch.Generator().manual_seed(0)
+    rows = sum(counts) + 24  # the last 24 were dropped, and hold nothing that may matter
+    x = torch.randn(rows, 64, generator=generator)
+    x[sum(counts) :] = float("nan")
+    weight = torch.randn(len(counts), 32, 64, generator=generator)
+    grad = torch.randn(rows, 32, generator=generator)
+    ends = torch.tensor(counts).cumsum(0).int()
+    results = []
+    for device in ("cpu", "cuda"):
+        inputs = [t.to(device, dtype).requires_grad_() for t in (x, weight)]
+        y = grouped_linear(*inputs, ends.to(device))
+        y.backward(grad.to(device, dtype))
+        results.append([t.detach().cpu().float() for t in (y, inputs[0].grad, inputs[1].grad)])
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    for on_cpu, on_cuda in zip(*results, strict=True):
+        torch.testing.assert_close(on_cuda, on_cpu, rtol=tolerance, atol=tolerance * 8)
+
+
+def test_noise_is_the_same_on_both_devices():
+    samples = torch.tensor([0, 5, 2**40])
+    on_cpu = Noise(7, 3, samples).uniform("site", (3, 10, 4))
+    on_cuda = Noise(7, 3, samples.cuda()).uniform("site", (3, 10, 4))
+    assert torch.equal(on_cuda.cpu(), on_cpu)
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "adamw"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_on_cuda_follows_one_on_the_cpu(run_options, tmp_path, optimizer, precision):
+    curves = []
+    for device in ("cpu", "cuda"):
+        run_dir = tmp_path / device
+        options = [f"--optim.name={optimizer}", "--optim.learning_rate=0.01"]
+        options += [f"--train.precision={precision}", f"--train.device={device}"]
+        config = load_config(None, [*run_options, *options, f"--train.run_dir={run_dir}"])
+        Trainer.build(config, Mesh.start(device)).fit()
+        curves.append([m["loss"] for m in read_metrics(run_dir / "metrics.jsonl") if "loss" in m])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-3 if precision == "fp32" else 3e-2)
