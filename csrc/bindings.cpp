@@ -94,9 +94,7 @@ PYBIND11_MODULE(_C, module) {
       .def_property_readonly("type_code",
                              [](const IndexedTokens& t) { return static_cast<int>(t.type()); })
       .def_property_readonly("num_tokens", &IndexedTokens::num_tokens)
-      .def_property_readonly("num_sequences", &IndexedTokens::num_sequences)
       .def_property_readonly("num_documents", &IndexedTokens::num_documents)
-      .def("sequence", [](const IndexedTokens& t, uint64_t i) { return as_tuple(t.sequence(i)); })
       .def("document", [](const IndexedTokens& t, uint64_t i) { return as_tuple(t.document(i)); })
       .def("read", &read_tokens, py::arg("start"), py::arg("out").noconvert())
       .def("id_range", &IndexedTokens::id_range, py::arg("budget"),

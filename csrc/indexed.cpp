@@ -234,12 +234,6 @@ uint64_t IndexedTokens::sequence_start(uint64_t index) const {
   return static_cast<uint64_t>(index_value<int64_t>(offsets_at_ + 8 * index)) / token_bytes_;
 }
 
-TokenSpan IndexedTokens::sequence(uint64_t index) const {
-  if (index >= num_sequences_) throw std::out_of_range("no sequence " + std::to_string(index));
-  const uint64_t start = sequence_start(index);
-  return {start, sequence_start(index + 1) - start};
-}
-
 TokenSpan IndexedTokens::document(uint64_t index) const {
   if (index >= num_documents_) throw std::out_of_range("no document " + std::to_string(index));
   const auto first = static_cast<uint64_t>(index_value<int64_t>(documents_at_ + 8 * index));

@@ -57,10 +57,8 @@ class IndexedTokens {
   const std::string& prefix() const { return prefix_; }
   TokenType type() const { return type_; }
   uint64_t num_tokens() const { return num_tokens_; }
-  uint64_t num_sequences() const { return num_sequences_; }
   uint64_t num_documents() const { return num_documents_; }
 
-  TokenSpan sequence(uint64_t index) const;
   TokenSpan document(uint64_t index) const;
 
   // Widen tokens [start, start + count) into `out`.

@@ -15,12 +15,7 @@ class IndexedTokens:
     @property
     def num_tokens(self) -> int: ...
     @property
-    def num_sequences(self) -> int: ...
-    @property
     def num_documents(self) -> int: ...
-    def sequence(self, i: int, /) -> tuple[int, int]:
-        """(start, count) of a sequence in the flat stream."""
-
     def document(self, i: int, /) -> tuple[int, int]:
         """(start, count) of a document in the flat stream."""
 

@@ -153,7 +153,24 @@ def preprocess(
     )
 
 
+def _print_keys(context: click.Context, option: click.Parameter, asked: bool) -> None:
+    if not asked or context.resilient_parsing:
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from megaswitch.config import describe_keys
+
+    table = Table("key", "default", "meaning", box=None)
+    for row in describe_keys():
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+    context.exit()
+
+
 @cli.command(context_settings=_FREE_FORM)
+@click.option("--keys", is_flag=True, is_eager=True, expose_value=False, callback=_print_keys,
+              help="List every configuration key and exit.")  # fmt: skip
 @click.argument("config", type=_EXISTING)
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def train(config: Path, overrides: tuple[str, ...]) -> None:
@@ -185,7 +202,7 @@ def main() -> None:
     """Entry point: mistakes that the user can mend end with a paragraph and exit code 2."""
     try:
         cli()
-    except (UserError, OSError) as error:
+    except (UserError, OSError, ImportError) as error:
         rank = os.environ.get("RANK", "0")
         prefix = "error" if rank == "0" else f"error on rank {rank}"
         print(f"{prefix}: {error}", file=sys.stderr)

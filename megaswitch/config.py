@@ -39,6 +39,7 @@ __all__ = [
     "OptimConfig",
     "RunConfig",
     "TrainConfig",
+    "describe_keys",
     "differences",
     "from_toml",
     "known_keys",
@@ -223,6 +224,17 @@ def _unset(table: dict[str, Any], path: Sequence[str]) -> None:
 def known_keys() -> list[str]:
     """Every dotted key."""
     return [key for key, _ in _leaves(RunConfig())]
+
+
+def describe_keys() -> list[tuple[str, str, str]]:
+    """Every key with its default and what it means, for people."""
+    rows = []
+    for key, default in _leaves(RunConfig()):
+        section, _, name = key.rpartition(".")
+        field = type(_value(RunConfig(), section)).__pydantic_fields__[name]
+        shown = "unset" if default is None else json.dumps(default)
+        rows.append((key, shown, field.description or ""))
+    return rows
 
 
 def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

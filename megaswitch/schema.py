@@ -12,7 +12,6 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-Rate = Field(default=0.0, ge=0.0, lt=1.0)
 
 
 def only_if(key: str, *values: object) -> dict[str, Any]:
@@ -99,20 +98,24 @@ class ModelConfig:
 
     preset: str | None = Field(default=None, description="a name of `megaswitch presets`")
     vocab_size: int = Field(default=32128, gt=0, description="rows of the embedding")
-    d_model: int = Field(default=512, gt=0)
+    d_model: int = Field(description="size of the residual stream", default=512, gt=0)
     d_kv: int = Field(default=64, gt=0, description="size of one attention head")
     d_ff: int = Field(default=2048, gt=0, description="hidden size of an FFN or of one expert")
-    num_heads: int = Field(default=8, gt=0)
-    num_encoder_layers: int = Field(default=6, gt=0)
-    num_decoder_layers: int = Field(default=6, gt=0)
-    activation: Literal["relu", "gated-gelu"] = "relu"
+    num_heads: int = Field(description="attention heads", default=8, gt=0)
+    num_encoder_layers: int = Field(description="blocks of the encoder", default=6, gt=0)
+    num_decoder_layers: int = Field(description="blocks of the decoder", default=6, gt=0)
+    activation: Literal["relu", "gated-gelu"] = Field(
+        default="relu", description="of FFNs and experts: T5 v1.0's or v1.1's"
+    )
     tie_embeddings: bool = Field(
         default=True, description="one table for embedding and head, logits × d_model^-½"
     )
     relative_buckets: int = Field(default=32, ge=4, description="buckets of relative position")
-    relative_max_distance: int = Field(default=128, gt=0)
-    norm_epsilon: float = Field(default=1e-6, gt=0)
-    dropout: float = Rate
+    relative_max_distance: int = Field(
+        default=128, gt=0, description="beyond it all positions share a bucket"
+    )
+    norm_epsilon: float = Field(default=1e-6, gt=0, description="added to the mean square")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="everywhere, in training")
     init_scale: float = Field(
         default=0.1, gt=0, description="s in σ = √(s / fan-in) of FFNs, experts, router, head"
     )
@@ -162,9 +165,11 @@ class OptimConfig:
     The paper names none; its code base (Mesh-TensorFlow with the t5 library) gives these.
     """
 
-    name: Literal["adafactor", "adamw"] = "adafactor"
+    name: Literal["adafactor", "adamw"] = Field(default="adafactor", description="optimizer")
     learning_rate: float = Field(default=1.0, ge=0, description="peak rate; rsqrt: its numerator")
-    schedule: Literal["rsqrt", "constant", "linear", "cosine", "wsd"] = "rsqrt"
+    schedule: Literal["rsqrt", "constant", "linear", "cosine", "wsd"] = Field(
+        default="rsqrt", description="rsqrt: T5's; wsd: warm up, stay, decay"
+    )
     warmup_steps: int = Field(
         default=10_000, ge=0, description="linear ramp; rsqrt: the flat part instead"
     )
@@ -173,23 +178,53 @@ class OptimConfig:
         json_schema_extra=only_if("optim.schedule", "wsd"),
     )  # fmt: skip
     min_learning_rate: float = Field(
-        default=0.0, ge=0, json_schema_extra=only_if("optim.schedule", "linear", "cosine", "wsd")
+        description="where the decay ends",
+        default=0.0,
+        ge=0,
+        json_schema_extra=only_if("optim.schedule", "linear", "cosine", "wsd"),
     )
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled; matrices only")
     clip_grad_norm: float | None = Field(default=None, gt=0, description="global norm; unset: off")
-    beta1: float = Field(default=0.9, ge=0, lt=1, json_schema_extra=only_if("optim.name", "adamw"))
-    beta2: float = Field(default=0.95, ge=0, lt=1, json_schema_extra=only_if("optim.name", "adamw"))
-    epsilon: float = Field(default=1e-8, gt=0, json_schema_extra=only_if("optim.name", "adamw"))
+    beta1: float = Field(
+        description="decay of the first moment",
+        default=0.9,
+        ge=0,
+        lt=1,
+        json_schema_extra=only_if("optim.name", "adamw"),
+    )
+    beta2: float = Field(
+        description="decay of the second moment",
+        default=0.95,
+        ge=0,
+        lt=1,
+        json_schema_extra=only_if("optim.name", "adamw"),
+    )
+    epsilon: float = Field(
+        description="added to the root of the second moment",
+        default=1e-8,
+        gt=0,
+        json_schema_extra=only_if("optim.name", "adamw"),
+    )
     decay_exponent: float = Field(
-        default=0.8, gt=0, json_schema_extra=only_if("optim.name", "adafactor")
+        description="β2 = 1 - step^-decay_exponent",
+        default=0.8,
+        gt=0,
+        json_schema_extra=only_if("optim.name", "adafactor"),
     )
     clip_threshold: float = Field(
-        default=1.0, gt=0, json_schema_extra=only_if("optim.name", "adafactor")
+        description="largest RMS of an update before it is scaled",
+        default=1.0,
+        gt=0,
+        json_schema_extra=only_if("optim.name", "adafactor"),
     )
     epsilon1: float = Field(
-        default=1e-30, gt=0, json_schema_extra=only_if("optim.name", "adafactor")
+        description="added to squared gradients",
+        default=1e-30,
+        gt=0,
+        json_schema_extra=only_if("optim.name", "adafactor"),
     )
     epsilon2: float = Field(
+        description="least RMS of a parameter for scaling",
         default=1e-3,
         gt=0,
         json_schema_extra=all_of(
@@ -197,10 +232,15 @@ class OptimConfig:
         ),
     )
     factored_min_dim: int = Field(
-        default=128, gt=0, json_schema_extra=only_if("optim.name", "adafactor")
+        description="matrices from this size on keep row and column moments only",
+        default=128,
+        gt=0,
+        json_schema_extra=only_if("optim.name", "adafactor"),
     )
     scale_by_parameter: bool = Field(
-        default=True, json_schema_extra=only_if("optim.name", "adafactor")
+        description="make rates relative to the RMS of a parameter",
+        default=True,
+        json_schema_extra=only_if("optim.name", "adafactor"),
     )
     expert_statistics: Literal["per-expert", "joint"] = Field(
         default="per-expert",
@@ -216,20 +256,27 @@ class TrainConfig:
     """The loop. Batch sizes count sequences."""
 
     run_dir: str = Field(default="runs/run", description="metrics, config and checkpoints")
-    steps: int = Field(default=1000, gt=0)
-    seed: int = Field(default=0, ge=0)
+    steps: int = Field(default=1000, gt=0, description="optimizer steps in all")
+    seed: int = Field(default=0, ge=0, description="of weights, data order and noise")
     batch_size: int = Field(default=64, gt=0, description="sequences per optimizer step, all ranks")
     micro_batch_size: int = Field(default=8, gt=0, description="sequences per forward and rank")
     rampup_batch_size: int | None = Field(default=None, gt=0, description="batch size at the start")
     rampup_increment: int | None = Field(
-        default=None, gt=0, json_schema_extra=only_if("train.rampup_batch_size")
+        description="sequences added at a time",
+        default=None,
+        gt=0,
+        json_schema_extra=only_if("train.rampup_batch_size"),
     )
     rampup_samples: int | None = Field(
         default=None, gt=0, description="sequences until the full batch size",
         json_schema_extra=only_if("train.rampup_batch_size"),
     )  # fmt: skip
-    precision: Literal["fp32", "bf16"] = "fp32"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="bf16: autocast over fp32 weights; the router stays fp32"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto: CUDA where there is one"
+    )
     activation_checkpointing: bool = Field(default=False, description="recompute each block")
     logits_z_loss: float = Field(default=1e-4, ge=0, description="weight of log²Z of the softmax")
     log_interval: int = Field(default=10, gt=0, description="steps between metric lines")

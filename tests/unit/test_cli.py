@@ -70,6 +70,13 @@ def test_presets_as_a_table():
     assert "6,260.2" in line
 
 
+def test_train_lists_its_keys():
+    lines = megaswitch("train", "--keys").stdout.splitlines()
+    (line,) = (line for line in lines if "model.moe.jitter" in line)
+    assert "0.01" in line
+    assert "router input is multiplied by" in line
+
+
 def test_a_missing_config_is_named(tmp_path):
     assert "no.toml does not exist" in refused(megaswitch("train", tmp_path / "no.toml"))
 
