@@ -32,11 +32,13 @@ class Init:
         """Overwrite `tensor` in place."""
         if self.kind == "constant":
             tensor.fill_(self.value)
-        elif self.kind == "normal":
-            tensor.normal_(0.0, self.value, generator=generator)
-        else:
-            bound = 2 * self.value
-            nn.init.trunc_normal_(tensor, 0.0, self.value, -bound, bound, generator=generator)
+            return
+        tensor.normal_(0.0, self.value, generator=generator)
+        if self.kind == "truncated":
+            # Not torch's trunc_normal_, whose draws changed between releases.
+            while (beyond := tensor.abs() > 2 * self.value).any():
+                again = tensor.new_empty(int(beyond.sum()))
+                tensor[beyond] = again.normal_(0.0, self.value, generator=generator)
 
 
 def scaled(scale: float, fan_in: int) -> Init:
