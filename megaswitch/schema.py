@@ -158,6 +158,10 @@ class DataConfig:
     mean_span_length: float = Field(default=3.0, ge=1, description="mean tokens per masked span")
 
 
+_ADAMW = only_if("optim.name", "adamw")
+_ADAFACTOR = only_if("optim.name", "adafactor")
+
+
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class OptimConfig:
     """Optimizer and learning rate. The defaults are T5's pre-training recipe.
@@ -190,63 +194,59 @@ class OptimConfig:
         default=0.9,
         ge=0,
         lt=1,
-        json_schema_extra=only_if("optim.name", "adamw"),
+        json_schema_extra=_ADAMW,
     )
     beta2: float = Field(
         description="decay of the second moment",
         default=0.95,
         ge=0,
         lt=1,
-        json_schema_extra=only_if("optim.name", "adamw"),
+        json_schema_extra=_ADAMW,
     )
     epsilon: float = Field(
         description="added to the root of the second moment",
         default=1e-8,
         gt=0,
-        json_schema_extra=only_if("optim.name", "adamw"),
+        json_schema_extra=_ADAMW,
     )
     decay_exponent: float = Field(
         description="β2 = 1 - step^-decay_exponent",
         default=0.8,
         gt=0,
-        json_schema_extra=only_if("optim.name", "adafactor"),
+        json_schema_extra=_ADAFACTOR,
     )
     clip_threshold: float = Field(
         description="largest RMS of an update before it is scaled",
         default=1.0,
         gt=0,
-        json_schema_extra=only_if("optim.name", "adafactor"),
+        json_schema_extra=_ADAFACTOR,
     )
     epsilon1: float = Field(
         description="added to squared gradients",
         default=1e-30,
         gt=0,
-        json_schema_extra=only_if("optim.name", "adafactor"),
+        json_schema_extra=_ADAFACTOR,
     )
     epsilon2: float = Field(
         description="least RMS of a parameter for scaling",
         default=1e-3,
         gt=0,
-        json_schema_extra=all_of(
-            only_if("optim.name", "adafactor"), only_if("optim.scale_by_parameter")
-        ),
+        json_schema_extra=all_of(_ADAFACTOR, only_if("optim.scale_by_parameter")),
     )
     factored_min_dim: int = Field(
         description="matrices from this size on keep row and column moments only",
         default=128,
         gt=0,
-        json_schema_extra=only_if("optim.name", "adafactor"),
+        json_schema_extra=_ADAFACTOR,
     )
     scale_by_parameter: bool = Field(
         description="make rates relative to the RMS of a parameter",
         default=True,
-        json_schema_extra=only_if("optim.name", "adafactor"),
+        json_schema_extra=_ADAFACTOR,
     )
     expert_statistics: Literal["per-expert", "joint"] = Field(
         default="per-expert",
-        json_schema_extra=all_of(
-            only_if("optim.name", "adafactor"), only_if("model.moe.num_experts")
-        ),
+        json_schema_extra=all_of(_ADAFACTOR, only_if("model.moe.num_experts")),
         description="update clipping and scaling: per expert (T5X) or over the stack (Mesh-TF)",
     )
 

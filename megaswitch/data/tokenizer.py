@@ -42,7 +42,7 @@ def train_tokenizer(
     character_coverage: float = 0.9995,
     threads: int = 1,
 ) -> None:
-    """Train a unigram model with byte fallback; the same inputs give the same file.
+    """Train a unigram model with byte fallback; same inputs and threads give the same file.
 
     Args:
         inputs: JSONL or plain text, optionally .gz or .zst; streamed.
