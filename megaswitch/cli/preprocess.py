@@ -1,0 +1,49 @@
+"""`megaswitch preprocess`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from megaswitch.cli.common import PATH
+
+
+@click.command()
+@click.argument("inputs", nargs=-1, required=True, type=PATH)
+@click.option("--output", required=True, type=PATH, help="Prefix of the files to write.")
+@click.option("--tokenizer", "model", required=True, type=PATH, help="SentencePiece model.")
+@click.option("--workers", default=os.cpu_count() or 1, show_default="all cores")
+@click.option(
+    "--valid-fraction",
+    default=0.0,
+    show_default=True,
+    help="Share of documents held out; writes PREFIX_train and PREFIX_valid.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the document shuffle.")
+def preprocess(
+    inputs: tuple[Path, ...],
+    output: Path,
+    model: Path,
+    workers: int,
+    valid_fraction: float,
+    seed: int,
+) -> None:
+    """Turn text into the `.bin` and `.idx` files that training reads.
+
+    INPUTS are JSON lines (field "text") or plain text, plain, .gz or .zst. The format is
+    Megatron's.
+
+    Example: megaswitch preprocess corpus.jsonl.gz --tokenizer spm.model --output data/corpus
+    """
+    from megaswitch.data.preprocess import preprocess as run
+
+    run(
+        list(inputs),
+        output,
+        model,
+        workers=workers,
+        valid_fraction=valid_fraction,
+        seed=seed,
+    )

@@ -1,0 +1,58 @@
+"""`megaswitch train`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from megaswitch.cli.common import PATH, stdout
+from megaswitch.log import info
+
+# Overrides look like options; click must leave them alone.
+_FREE_FORM = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+def _print_keys(context: click.Context, option: click.Parameter, asked: bool) -> None:
+    if not asked or context.resilient_parsing:
+        return
+    from rich.table import Table
+
+    from megaswitch.config import describe_keys
+
+    table = Table("key", "default", "meaning", box=None)
+    for row in describe_keys():
+        table.add_row(*row)
+    stdout().print(table)
+    context.exit()
+
+
+@click.command(context_settings=_FREE_FORM)
+@click.option("--keys", is_flag=True, is_eager=True, expose_value=False, callback=_print_keys,
+              help="List every configuration key and exit.")  # fmt: skip
+@click.argument("config", type=PATH)
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def train(config: Path, overrides: tuple[str, ...]) -> None:
+    """Train the model of a TOML file, or go on where its run stopped.
+
+    OVERRIDES are --section.key=value and win over the file. The newest checkpoint in train.run_dir,
+    if there is one, is resumed. Ctrl-C saves a checkpoint and stops.
+
+    \b
+    Examples:
+      megaswitch train examples/demo.toml --train.steps=100
+      torchrun --nproc-per-node 2 -m megaswitch train examples/demo.toml
+    """
+    from megaswitch.config import load_config
+    from megaswitch.parallel.mesh import Mesh, world_size
+
+    resolved = load_config(config, overrides, world_size=world_size())
+    from megaswitch.train.trainer import Trainer
+
+    mesh = Mesh.start(resolved.train.device)
+    complete = Trainer.build(resolved, mesh).fit()
+    mesh.stop()
+    if not complete:
+        info("stopped; the same command goes on from the checkpoint")
+        sys.exit(130)
