@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import zstandard
 
@@ -25,11 +25,16 @@ _JSON_LINES = {".jsonl", ".ndjson", ".json"}
 
 @dataclass(frozen=True)
 class Document:
-    """A text and the line of the file it begins on, counted from 1."""
+    """A text and the line of the file it begins on, counted from 1.
+
+    Attributes:
+        label: what the field `by` of `read_documents` holds; None without it.
+    """
 
     text: str
     path: Path
     line: int
+    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,7 @@ def read_documents(
     *,
     reject: Callable[[Rejection], None],
     advance: Callable[[int], None] = lambda _: None,
+    by: str | None = None,
 ) -> Iterator[Document]:
     """Stream the documents of a file.
 
@@ -126,19 +132,32 @@ def read_documents(
         path: the file; a last suffix .gz or .zst means compressed.
         reject: called with every unusable line, one that is too long to hold included.
         advance: called with the number of bytes read from disk since the last call.
+        by: field of JSON lines to take documents' labels from.
 
     Raises:
         UserError: if the file cannot be read, is cut off or corrupt.
     """
-    lines = _lines(path, advance)
-    name = path.with_suffix("") if path.suffix in _COMPRESSIONS else path
-    if name.suffix in _JSON_LINES:
-        return _json_documents(path, lines, reject)
+    lines = read_lines(path, advance)
+    if is_json_lines(path):
+        return _json_documents(path, lines, reject, by)
     return _plain_documents(path, lines, reject)
 
 
+def is_json_lines(path: Path) -> bool:
+    """True where `read_documents` takes the file for JSON lines, by its name."""
+    return bare(path).suffix in _JSON_LINES
+
+
+def bare(path: Path) -> Path:
+    """`path` without the suffix of its compression."""
+    return path.with_suffix("") if path.suffix in _COMPRESSIONS else path
+
+
 def _json_documents(
-    path: Path, lines: Iterator[bytes | None], reject: Callable[[Rejection], None]
+    path: Path,
+    lines: Iterator[bytes | None],
+    reject: Callable[[Rejection], None],
+    by: str | None,
 ) -> Iterator[Document]:
     for number, line in enumerate(lines, start=1):
         if line is None:
@@ -146,37 +165,46 @@ def _json_documents(
             continue
         if not line.strip():
             continue
-        text, reason = _text_of(line)
+        record, reason = _record_of(line)
         if reason:
             reject(Rejection(path, number, reason))
         else:
-            yield Document(text, path, number)
+            label = None if by is None else _label(record.get(by))
+            yield Document(record["text"], path, number, label)
+
+
+def _label(value: object) -> str | None:
+    """A field's value as a name; None where there is none, or nothing but space."""
+    if value is None:
+        return None
+    name = value.strip() if isinstance(value, str) else json.dumps(value)
+    return (name if name.isprintable() else json.dumps(name)) or None
 
 
 def _too_long() -> str:
     return f"longer than {_MAX_DOCUMENT_BYTES:,} bytes"
 
 
-def _text_of(line: bytes) -> tuple[str, str]:
-    """(text, reason to reject it or nothing) of a line of JSON."""
+def _record_of(line: bytes) -> tuple[dict[str, Any], str]:
+    """(object with a usable text, reason to reject it or nothing) of a line of JSON."""
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
-        return "", "not UTF-8"
+        return {}, "not UTF-8"
     except (ValueError, RecursionError) as error:
-        return "", f"not JSON: {error}"
+        return {}, f"not JSON: {error}"
     if not isinstance(record, dict):
-        return "", "not a JSON object"
+        return {}, "not a JSON object"
     text = record.get("text")
     if not isinstance(text, str):
-        return "", "no string under 'text'"
+        return {}, "no string under 'text'"
     if not text.strip():
-        return "", "the text is empty"
+        return {}, "the text is empty"
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        return "", "the text has half a surrogate pair"
-    return text, ""
+        return {}, "the text has half a surrogate pair"
+    return record, ""
 
 
 def _plain_documents(
@@ -211,7 +239,9 @@ def _plain_documents(
         yield Document("\n".join(gathered), path, first)
 
 
-def _lines(path: Path, advance: Callable[[int], None]) -> Iterator[bytes | None]:
+def read_lines(
+    path: Path, advance: Callable[[int], None] = lambda _: None
+) -> Iterator[bytes | None]:
     """The lines without their ends; None in the place of one too long, which is never held."""
     pieces: list[bytes] = []  # of a line longer than a chunk; joined once
     size = 0

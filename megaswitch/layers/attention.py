@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,13 @@ from megaswitch.layers.parameter import Init, parameter
 # Finite, so that a row of nothing but padding attends evenly instead of giving NaN; and far enough
 # from the limits of fp32 and bf16 to be added to.
 MASKED = -1e30
+
+
+class KeyValues(NamedTuple):
+    """What queries attend to: `keys` and `values`, both [B, heads, K, d_kv]."""
+
+    keys: Tensor
+    values: Tensor
 
 
 class Attention(nn.Module):
@@ -41,20 +49,20 @@ class Attention(nn.Module):
         self.o = Linear(inner, d_model, shard="row", init=Init("normal", inner**-0.5))
 
     def forward(
-        self, x: Tensor, memory: Tensor, bias: Tensor | None, noise: Noise | None
+        self, x: Tensor, memory: KeyValues, bias: Tensor | None, noise: Noise | None
     ) -> Tensor:
         """Attend.
 
         Args:
             x: [B, Q, d_model], where queries come from.
-            memory: [B, K, d_model], where keys and values come from.
+            memory: of K positions; see `keys_values`.
             bias: added to the scores, broadcastable to [B, heads, Q, K]; masks are part of it.
             noise: randomness of a training step, or None.
 
         Returns:
             [B, Q, d_model].
         """
-        q, k, v = self._split(self.q(x)), self._split(self.k(memory)), self._split(self.v(memory))
+        q, (k, v) = self._split(self.q(x)), memory
         # In bf16 the fused kernels would round the bias; training does not, so evaluation must not.
         exact = bias is not None and (bias.requires_grad or bias.dtype != q.dtype)
         if exact or (noise is not None and self.dropout):
@@ -62,6 +70,10 @@ class Attention(nn.Module):
         else:
             heads = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
         return self.o(heads.transpose(1, 2).flatten(2))
+
+    def keys_values(self, memory: Tensor) -> KeyValues:
+        """Keys and values of `memory` [B, K, d_model]."""
+        return KeyValues(self._split(self.k(memory)), self._split(self.v(memory)))
 
     def _explicit(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, noise: Noise | None
@@ -98,10 +110,11 @@ class RelativeBias(nn.Module):
         self.bidirectional = bidirectional
         self.weight = parameter((buckets, num_heads), (None, "tp"), init, is_bias=True)
 
-    def forward(self, queries: int, keys: int) -> Tensor:
-        """Bias [1, heads, queries, keys] for positions counted from 0."""
+    def forward(self, queries: int, keys: int, first_query: int = 0) -> Tensor:
+        """Bias [1, heads, queries, keys]; keys stand at 0 …, queries at `first_query` …"""
         device = self.weight.device
-        relative = torch.arange(keys, device=device) - torch.arange(queries, device=device)[:, None]
+        query = torch.arange(first_query, first_query + queries, device=device)
+        relative = torch.arange(keys, device=device) - query[:, None]
         return self.weight[self.bucket(relative)].permute(2, 0, 1)[None]
 
     def bucket(self, relative: Tensor) -> Tensor:

@@ -24,6 +24,19 @@ class Embedding(nn.Module):
         return F.embedding(tokens, self.weight)
 
 
+# Rows up to which a CPU multiplies table · hiddenᵀ faster than hidden · tableᵀ (measured with MKL:
+# ×1.7 for 8 rows, ×1.3 for 32). Decoding has so few.
+_FEW_ROWS = 32
+
+
+def _scores(hidden: Tensor, table: Tensor) -> Tensor:
+    """hidden [..., d_model] against every row of `table` [V, d_model]: [..., V]."""
+    few = hidden.numel() <= _FEW_ROWS * hidden.shape[-1]
+    if few and hidden.device.type == "cpu" and not torch.is_grad_enabled():
+        return (table @ hidden.flatten(0, -2).t()).t().unflatten(0, hidden.shape[:-1])
+    return F.linear(hidden, table)
+
+
 class Head(nn.Module):
     """Logits of an untied model: `weight` [V, d_model]."""
 
@@ -33,12 +46,12 @@ class Head(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map hidden [B, L, d_model] to logits [B, L, V]."""
-        return F.linear(hidden, self.weight)
+        return _scores(hidden, self.weight)
 
 
 def tied_logits(hidden: Tensor, embedding: Embedding) -> Tensor:
     """Logits through the embedding's table, times d_model^-½ since its entries have unit size."""
-    return F.linear(hidden * embedding.weight.shape[1] ** -0.5, embedding.weight)
+    return _scores(hidden * embedding.weight.shape[1] ** -0.5, embedding.weight)
 
 
 @dataclass(frozen=True)

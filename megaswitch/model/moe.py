@@ -29,21 +29,24 @@ class SwitchFFN(nn.Module):
         self.experts = Experts(config, f"{site}.experts")
 
     def forward(
-        self, x: Tensor, mask: Tensor, rows_per_group: int, noise: Noise | None
+        self, x: Tensor, mask: Tensor, rows_per_group: int | None, noise: Noise | None
     ) -> tuple[Tensor, Routing]:
         """Apply the layer.
 
         Args:
             x: [B, L, d_model].
             mask: [B, L] bool, True on real tokens.
-            rows_per_group: R; consecutive rows routed together. A last group may have fewer.
+            rows_per_group: R; consecutive rows routed together. A last group may have fewer. None:
+                nothing is dropped, and no row depends on another.
             noise: randomness of a training step, or None.
 
         Returns:
             [B, L, d_model], and the routing with its tokens in groups [G, R·L].
         """
         rows, length, d_model = x.shape
-        groups = group_tokens(mask, rows_per_group)
+        limited = rows_per_group is not None
+        rows_per_group = rows_per_group or rows
+        groups = group_tokens(mask, rows_per_group, limited=limited)
         jitter = None
         if noise is not None and self.jitter:
             draws = noise.uniform(self.site, tuple(x.shape))
@@ -68,7 +71,7 @@ def into_groups(x: Tensor, rows_per_group: int) -> Tensor:
     return x.reshape(-1, rows_per_group * x.shape[1], *x.shape[2:])
 
 
-def group_tokens(mask: Tensor, rows_per_group: int) -> TokenGroups:
+def group_tokens(mask: Tensor, rows_per_group: int, *, limited: bool = True) -> TokenGroups:
     """The groups of `mask` [B, L] bool (True: real token)."""
     rows, length = mask.shape
     starts = range(0, rows, rows_per_group)
@@ -76,4 +79,5 @@ def group_tokens(mask: Tensor, rows_per_group: int) -> TokenGroups:
         exists=into_groups(torch.ones_like(mask), rows_per_group),
         real=into_groups(mask, rows_per_group),
         sizes=tuple(min(rows_per_group, rows - start) * length for start in starts),
+        limited=limited,
     )

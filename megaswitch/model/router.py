@@ -27,11 +27,13 @@ class TokenGroups:
         exists: [G, S] bool, False on the filler that completes a last group of fewer rows.
         real: [G, S] bool, False on filler and on padding.
         sizes: tokens that exist in each group, known without reading the tensors.
+        limited: False where experts take all that come, whatever the capacity mode.
     """
 
     exists: Tensor
     real: Tensor
     sizes: tuple[int, ...]
+    limited: bool = True
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class SwitchRouter(nn.Module):
         mode = self.config.capacity_mode
         # HF routes padding like any other token; the paper's code masks it out of dispatch.
         candidates = groups.exists if mode == "hf" else groups.real
-        if mode == "dropless":
+        if mode == "dropless" or not groups.limited:
             return candidates
         position = queue_positions(expert, candidates, self.config.num_experts)
         return candidates & (position < self._capacity(groups))

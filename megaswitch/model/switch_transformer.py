@@ -95,17 +95,25 @@ class Stack(nn.Module):
         )
         self.final_norm = RMSNorm(config.d_model, config.norm_epsilon)
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers in order."""
+        return [block for block in self.layers.values() if isinstance(block, Block)]
+
     def forward(
         self,
         x: Tensor,
         mask: Tensor | None,
-        rows_per_group: int,
+        rows_per_group: int | None,
         noise: Noise | None,
         losses: RouterLosses,
         memory: Tensor | None = None,
         memory_mask: Tensor | None = None,
     ) -> Tensor:
-        """Run the blocks over x [B, L, d_model]; masks [B, L] bool are True on real tokens."""
+        """Run the blocks over x [B, L, d_model]; masks [B, L] bool are True on real tokens.
+
+        `memory` may have fewer rows than x, and `rows_per_group` be None: see `Block`.
+        """
         length = x.shape[1]
         bias = self.relative_bias(length, length)
         hidden = None if mask is None else padding_bias(mask, bias.dtype)
@@ -193,12 +201,20 @@ class SwitchTransformer(nn.Module):
         hidden = self.decoder(
             self.embedding(decoder_tokens), decoder_mask, rows, noise, losses, memory, encoder_mask
         )
-        logits = (
-            tied_logits(hidden, self.embedding) if self.config.tie_embeddings else self.head(hidden)
-        )
         return SwitchOutput(
-            logits, memory, self._reduce(losses.aux), self._reduce(losses.z), losses.routing
+            self.logits(hidden),
+            memory,
+            self._reduce(losses.aux),
+            self._reduce(losses.z),
+            losses.routing,
         )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [B, L, V] of the decoder's output [B, L, d_model]."""
+        if self.config.tie_embeddings:
+            return tied_logits(hidden, self.embedding)
+        logits: Tensor = self.head(hidden)
+        return logits
 
     def _reduce(self, per_layer: list[Tensor]) -> Tensor:
         """Reduce a loss over layers: summed as Mesh-TF, or averaged as T5X."""

@@ -1,0 +1,171 @@
+"""Decoding token by token, with the keys and values of the past kept or computed again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megaswitch.layers.attention import KeyValues, padding_bias
+from megaswitch.model.switch_transformer import RouterLosses, SwitchTransformer
+
+
+class KeyValueCache:
+    """Keys and values of the tokens decoded so far, in one layer.
+
+    Args:
+        capacity: most tokens that it will hold.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def extend(self, new: KeyValues) -> KeyValues:
+        """Append `new`, [B, heads, L, d_kv] each; returns all, [B, heads, length, d_kv] each."""
+        if self._buffers is None:
+            rows, heads, _, size = new.keys.shape
+            shape = (2, rows, heads, self.capacity, size)
+            keys, values = new.keys.new_empty(shape)
+            self._buffers = (keys, values)
+        end = self.length + new.keys.shape[2]
+        for buffer, part in zip(self._buffers, new, strict=True):
+            buffer[:, :, self.length : end] = part
+        self.length = end
+        return KeyValues(*(buffer[:, :, :end] for buffer in self._buffers))
+
+    def select(self, rows: Tensor) -> None:
+        """Row i becomes what row rows[i] was."""
+        if self._buffers is not None:
+            for buffer in self._buffers:
+                held = buffer[:, :, : self.length]
+                held.copy_(held.index_select(0, rows))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The encoder's side of a batch.
+
+    Attributes:
+        memory: [B, Le, d_model].
+        mask: [B, Le] bool, or None.
+        rows_per_group: for the decoder's Switch layers too.
+    """
+
+    memory: Tensor
+    mask: Tensor | None
+    rows_per_group: int | None
+
+
+def _encode(model: SwitchTransformer, tokens: Tensor, mask: Tensor | None) -> _Source:
+    # Dropless, so that a text depends on its own prompt alone; HF's capacity is per row anyway.
+    rows = 1 if model.config.moe.capacity_mode == "hf" else None
+    memory = model.encoder(model.embedding(tokens), mask, rows, None, RouterLosses())
+    return _Source(memory, mask, rows)
+
+
+class CachedDecoder:
+    """Decodes a batch by one token a step; each step costs one position.
+
+    A step routes its tokens alone: nothing is dropped in any capacity mode (in HF's, a row of one
+    token always finds room).
+
+    Args:
+        model: in evaluation mode.
+        encoder_tokens: [B, Le] int64.
+        encoder_mask: [B, Le] bool, True on real tokens; None: all are.
+        beams: rows that are decoded for each row of the encoder, side by side.
+        max_tokens: most steps.
+    """
+
+    def __init__(
+        self,
+        model: SwitchTransformer,
+        encoder_tokens: Tensor,
+        encoder_mask: Tensor | None,
+        *,
+        beams: int,
+        max_tokens: int,
+    ) -> None:
+        source = _encode(model, encoder_tokens, encoder_mask)
+        blocks = model.decoder.blocks
+        self._model = model
+        self._rows_per_group = source.rows_per_group
+        self._memory = [block.cross_attention.keys_values(source.memory) for block in blocks]
+        self._past = [KeyValueCache(max_tokens) for _ in blocks]
+        # The last query's bias; an earlier query sees the same distances, but fewer of them.
+        self._bias = model.decoder.relative_bias(1, max_tokens, first_query=max_tokens - 1)
+        self._memory_bias = (
+            None if encoder_mask is None else padding_bias(encoder_mask, self._bias.dtype)
+        )
+        rows = len(encoder_tokens) * beams
+        self._real = torch.ones(rows, 1, dtype=torch.bool, device=encoder_tokens.device)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits [B·beams, V] of what follows `tokens` [B·beams] int64."""
+        model = self._model
+        x = model.embedding(tokens[:, None])
+        length = self._past[0].length + 1
+        bias = self._bias[..., -length:]
+        for block, memory, past in zip(
+            model.decoder.blocks, self._memory, self._past, strict=True
+        ):
+            x, _ = block(
+                x,
+                self._real,
+                bias,
+                self._rows_per_group,
+                None,
+                memory,
+                self._memory_bias,
+                past,
+            )
+        return model.logits(model.decoder.final_norm(x))[:, -1]
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with row rows[i], [B·beams] int64, of the same encoder row, as row i."""
+        for past in self._past:
+            past.select(rows)
+
+
+class PrefixDecoder:
+    """The same without a cache: each step runs the decoder over all tokens so far.
+
+    It holds nothing but tokens, is slow, and shows that `CachedDecoder` is right. In HF capacity
+    mode a row's tokens compete for the experts' slots as they do in a training step, so there the
+    two differ when experts overflow, as HF's do.
+    """
+
+    def __init__(
+        self,
+        model: SwitchTransformer,
+        encoder_tokens: Tensor,
+        encoder_mask: Tensor | None,
+        *,
+        beams: int,
+        max_tokens: int,
+    ) -> None:
+        self._model = model
+        self._source = _encode(model, encoder_tokens, encoder_mask)
+        self._tokens = encoder_tokens.new_empty(len(encoder_tokens) * beams, 0)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits [B·beams, V] of what follows `tokens` [B·beams] int64."""
+        self._tokens = torch.cat([self._tokens, tokens[:, None]], 1)
+        model, source = self._model, self._source
+        hidden = model.decoder(
+            model.embedding(self._tokens),
+            None,
+            source.rows_per_group,
+            None,
+            RouterLosses(),
+            source.memory,
+            source.mask,
+        )
+        return model.logits(hidden[:, -1:])[:, 0]
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with row rows[i], [B·beams] int64, as row i."""
+        self._tokens = self._tokens[rows]
