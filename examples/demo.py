@@ -6,7 +6,6 @@ Every step is a command that you can run yourself; the script prints each before
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -15,12 +14,10 @@ import textwrap
 import time
 from pathlib import Path
 
-import torch
-
 import megaswitch
 from megaswitch.checkpoint.manager import find_checkpoint, read_config
+from megaswitch.data.prompts import spans
 from megaswitch.data.tokenizer import Tokenizer
-from megaswitch.train.generate import greedy
 from megaswitch.train.metrics import read_metrics
 from megaswitch.train.trainer import build_loader
 
@@ -67,22 +64,15 @@ def fill_in(passages: int = 3) -> None:
     tokenizer = Tokenizer(checkpoint / "tokenizer.model")
     model = megaswitch.load_model(checkpoint)
     batch = build_loader(read_config(checkpoint), "valid").batch(range(passages))
-    guesses = greedy(model, batch.encoder_tokens, max_tokens=batch.decoder_targets.shape[1])
-    for passage, target, guess in zip(
-        batch.encoder_tokens, batch.decoder_targets, guesses, strict=True
-    ):
-        text = tokenizer.decode(passage.tolist())
-        guessed = spans(tokenizer, guess)
-        for number, truth in spans(tokenizer, target).items():
+    length = batch.decoder_targets.shape[1]
+    guesses = megaswitch.generate(model, batch.encoder_tokens, max_tokens=length).tokens
+    for tokens in zip(batch.encoder_tokens, batch.decoder_targets, guesses, strict=True):
+        text, target, guess = (tokenizer.decode(row.tolist()) for row in tokens)
+        guessed = spans(guess)
+        for number, truth in spans(target).items():
             blank = f"[{guessed.get(number, '')} | {truth}]"
             text = text.replace(f"<extra_id_{number}>", blank)
         print(textwrap.indent(textwrap.fill(text, 96), "  "), end="\n\n")
-
-
-def spans(tokenizer: Tokenizer, tokens: torch.Tensor) -> dict[str, str]:
-    """Text behind each sentinel of a decoded target, by the sentinel's number."""
-    parts = re.split(r"<extra_id_(\d+)>", tokenizer.decode(tokens.tolist()))
-    return {number: text.strip() for number, text in zip(parts[1::2], parts[2::2], strict=True)}
 
 
 def main() -> None:
@@ -112,6 +102,9 @@ def main() -> None:
     print(f"The curve is {RUN}/loss.png; `tensorboard --logdir {RUN}` shows every metric.")
     print(
         "\nWhat to try next, after `source .venv/bin/activate`:\n"
+        '  megaswitch generate runs/demo "It was a <extra_id_0> day on the <extra_id_1>."\n'
+        "  megaswitch evaluate runs/demo runs/demo/data/classics_valid --plot router.png\n"
+        "  megaswitch inspect runs/demo\n"
         "  megaswitch train examples/demo.toml --train.run_dir=runs/32 --model.moe.num_experts=32\n"
         "  megaswitch train examples/demo.toml --train.run_dir=runs/dense --model.preset=t5-tiny\n"
         "  megaswitch presets        the models of the paper, counted to the last parameter"

@@ -63,3 +63,22 @@ def lock(folder: Path) -> IO[str]:
     file.write(f"pid {os.getpid()}")
     file.flush()
     return file
+
+
+def holder(folder: Path) -> str | None:
+    """Who holds `folder`, such as "pid 123" of the machine that it runs on, or None if nobody does.
+
+    Where the file system has no locks nobody is seen to.
+    """
+    try:
+        file = (folder / ".lock").open(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read().strip() or "an unknown process"
+        except OSError:
+            return None
+    return None

@@ -223,16 +223,18 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads((path / "state.json").read_text())
-        for entry in content["files"].values():
-            int(entry["bytes"]), str(entry["sha256"])
-        TrainState(**content["state"])
+        known = content["format"] == FORMAT
+        if known:  # another format may hold anything else
+            for entry in content["files"].values():
+                int(entry["bytes"]), str(entry["sha256"])
+            TrainState(**content["state"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"checkpoint {path} has no readable state.json ({error!r}); use another checkpoint"
         ) from error
-    if content.get("format") != FORMAT:
+    if not known:
         raise UserError(
-            f"checkpoint {path} has format {content.get('format')}, this version reads {FORMAT}; "
+            f"checkpoint {path} has format {content['format']!r}, this version reads {FORMAT}; "
             "use the MegaSwitch release that wrote it"
         )
     return content

@@ -8,6 +8,12 @@ import sys
 import click
 
 from megaswitch import __version__
+from megaswitch.cli.common import explain
+from megaswitch.cli.completion import completion
+from megaswitch.cli.doctor import doctor
+from megaswitch.cli.evaluate import evaluate
+from megaswitch.cli.generate import generate
+from megaswitch.cli.inspect import inspect_command
 from megaswitch.cli.preprocess import preprocess
 from megaswitch.cli.presets import presets
 from megaswitch.cli.tokenizer import tokenizer
@@ -21,16 +27,26 @@ def cli() -> None:
     """Train Switch Transformers, from a laptop to trillion-parameter clusters."""
 
 
-for command in (presets, tokenizer, preprocess, train):
+for command in (presets, tokenizer, preprocess, train, evaluate, generate):
+    cli.add_command(command)
+for command in (inspect_command, doctor, completion):
     cli.add_command(command)
 
 
 def main() -> None:
     """Entry point: mistakes that the user can mend end with a paragraph and exit code 2."""
+    rank = os.environ.get("RANK", "0")
     try:
-        cli()
+        sys.exit(cli.main(standalone_mode=False) or 0)
+    except click.ClickException as error:
+        if rank == "0":
+            error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        if rank == "0":
+            print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except (UserError, OSError, ImportError) as error:
-        rank = os.environ.get("RANK", "0")
         prefix = "error" if rank == "0" else f"error on rank {rank}"
-        print(f"{prefix}: {error}", file=sys.stderr)
+        print(f"{prefix}: {explain(error)}", file=sys.stderr)
         sys.exit(2)

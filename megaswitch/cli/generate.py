@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,27 +79,20 @@ def generate(
     from megaswitch.train.generate import Decoding
 
     decoding = Decoding(cache=not no_cache, **settings)
-    if batch_size < 1:
-        raise UserError(f"--batch-size is {batch_size}: it must be at least 1")
-    if prompts and source:
-        raise UserError(f"--input {source} and {len(prompts)} PROMPTS were given: choose one")
+    _check(batch_size, prompts, source, output)
     talk = not prompts and source is None and sys.stdin.isatty()
     texts = [] if talk else _read(prompts, source)
-    if output and not output.absolute().parent.is_dir():
-        raise UserError(f"--output {output}: the folder {output.absolute().parent} does not exist")
-
-    import torch
 
     import megaswitch
     from megaswitch.parallel.mesh import Mesh
+    from megaswitch.train.objectives import PRECISIONS
     from megaswitch.train.text import TextGenerator, checkpoint_tokenizer
 
     mesh = Mesh.start(device)
     with mesh.together():
         pieces = checkpoint_tokenizer(checkpoint, tokenizer)
         model = megaswitch.load_model(checkpoint, device=str(mesh.device))
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    writer = TextGenerator(model, pieces, decoding, dtype)
+    writer = TextGenerator(model, pieces, decoding, PRECISIONS[precision])
     shown = _Shown(raw=raw, as_json=as_json)
     if talk:
         _talk(writer, shown, mesh)
@@ -108,6 +101,21 @@ def generate(
     else:
         _write(_completions(writer, texts, batch_size, mesh), shown, output, len(texts))
     mesh.stop()
+
+
+def _check(
+    batch_size: int, prompts: tuple[str, ...], source: Path | None, output: Path | None
+) -> None:
+    """Refuse options that make no sense, before anything is loaded."""
+    problems = []
+    if batch_size < 1:
+        problems.append(f"--batch-size is {batch_size}: it must be at least 1")
+    if prompts and source:
+        problems.append(f"--input {source} and {len(prompts)} PROMPTS were given: choose one")
+    if output and not output.absolute().parent.is_dir():
+        problems.append(f"--output {output}: there is no folder {output.absolute().parent}")
+    if problems:
+        raise UserError("; ".join(problems))
 
 
 def _read(prompts: tuple[str, ...], source: Path | None) -> list[str]:
@@ -174,6 +182,8 @@ def _talk(writer: TextGenerator, shown: _Shown, mesh: Mesh) -> None:
     """Answer prompts as they are typed."""
     if mesh.size > 1:
         raise UserError("prompts cannot be typed into several processes: give --input FILE")
+    with suppress(ImportError):
+        import readline  # noqa: F401  lets `input` edit the line and remember earlier ones
     info("one prompt a line, such as: The sea was <extra_id_0>. Ctrl-D ends.")
     for index in itertools.count():
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import click
@@ -38,11 +39,18 @@ def tokenizer_train(
     """
     from megaswitch.data.tokenizer import train_tokenizer
 
-    train_tokenizer(
-        list(inputs),
-        output,
-        vocab_size=vocab_size,
-        character_coverage=character_coverage,
-        threads=threads,
-    )
+    # SentencePiece notices no Ctrl-C for hours, and leaves nothing behind: the signal may kill.
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        train_tokenizer(
+            list(inputs),
+            output,
+            vocab_size=vocab_size,
+            character_coverage=character_coverage,
+            threads=threads,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     info(f"wrote {output}")

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from megaswitch.cli.common import PATH, stdout
+from megaswitch.cli.completion import OverridesCommand, complete_override
 from megaswitch.log import info
 
 # Overrides look like options; click must leave them alone.
@@ -28,11 +29,11 @@ def _print_keys(context: click.Context, option: click.Parameter, asked: bool) ->
     context.exit()
 
 
-@click.command(context_settings=_FREE_FORM)
+@click.command(cls=OverridesCommand, context_settings=_FREE_FORM)
 @click.option("--keys", is_flag=True, is_eager=True, expose_value=False, callback=_print_keys,
               help="List every configuration key and exit.")  # fmt: skip
 @click.argument("config", type=PATH)
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED, shell_complete=complete_override)
 def train(config: Path, overrides: tuple[str, ...]) -> None:
     """Train the model of a TOML file, or go on where its run stopped.
 

@@ -190,7 +190,8 @@ class SpanCorruptionLoader:
         elif made_with.vocab_size > vocab_size:
             raise UserError(
                 f"the model's vocab_size is {vocab_size}, but '{prefix}' was made with a "
-                f"tokenizer of {made_with.vocab_size} ids. Raise vocab_size to at least that."
+                f"tokenizer of {made_with.vocab_size} ids. Raise vocab_size to at least that; a "
+                "model that is trained needs a corpus of its own tokenizer."
             )
         elif made_with.num_extra_ids < num_sentinels:
             raise UserError(
@@ -233,7 +234,8 @@ class SpanCorruptionLoader:
         if high >= vocab_size:
             raise UserError(
                 f"{where} {high}, outside the model's vocabulary of {vocab_size}. Raise vocab_size "
-                "to that of the tokenizer the corpus was made with."
+                "to that of the tokenizer the corpus was made with; a model that is trained needs "
+                "a corpus of its own tokenizer."
             )
         if high >= self.sentinel_top - num_sentinels:
             raise UserError(

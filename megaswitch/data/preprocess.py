@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,7 +108,7 @@ def preprocess(
     spool = companion(output_prefix, ".spool")
     try:
         with IndexedWriter(spool, token_dtype(tokenizer.vocab_size)) as writer:
-            _tokenize(inputs, tokenizer, writer, report, workers=workers, append_eos=append_eos)
+            tokenize(inputs, tokenizer, writer, report, workers=workers, append_eos=append_eos)
         _write_shuffled(TokenStore(spool), output_prefix, tokenizer, report, valid_fraction, seed)
     except OSError as error:
         raise UserError(
@@ -137,7 +137,7 @@ def _check_numbers(*, workers: int, valid_fraction: float, seed: int) -> None:
         raise UserError(f"workers is {workers}; at least 1 thread is needed.")
 
 
-def _tokenize(
+def tokenize(
     inputs: Sequence[Path],
     tokenizer: Tokenizer,
     writer: IndexedWriter,
@@ -145,15 +145,30 @@ def _tokenize(
     *,
     workers: int,
     append_eos: bool,
+    by: str | None = None,
+    written: Callable[[Document, int], None] = lambda _document, _tokens: None,
 ) -> None:
+    """Write the documents of all inputs as they come.
+
+    Args:
+        inputs: JSONL or plain text, optionally .gz or .zst.
+        tokenizer: of the documents.
+        writer: open.
+        report: its counts are filled in.
+        workers: threads that tokenize.
+        append_eos: end every document with EOS.
+        by: field of JSON lines that labels documents.
+        written: called with each document written and its number of tokens.
+    """
     ending = [tokenizer.eos_id] if append_eos else []
-    for batch in _batches(inputs, report):
+    for batch in _batches(inputs, report, by):
         encoded = tokenizer.encode_batch([document.text for document in batch], threads=workers)
         for document, ids in zip(batch, encoded, strict=True):
             if not ids:
                 report.rejections(Rejection(document.path, document.line, "the text has no tokens"))
                 continue
             writer.add_document(ids + ending)
+            written(document, len(ids) + len(ending))
             report.characters += len(document.text)
     report.documents, report.tokens = writer.num_documents, writer.num_tokens
     if report.documents == 0:
@@ -163,7 +178,9 @@ def _tokenize(
         )
 
 
-def _batches(inputs: Sequence[Path], report: PreprocessReport) -> Iterator[list[Document]]:
+def _batches(
+    inputs: Sequence[Path], report: PreprocessReport, by: str | None
+) -> Iterator[list[Document]]:
     """The documents of all inputs in batches, with a progress bar over the files' bytes."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
     total = sum(path.stat().st_size for path in inputs)
@@ -177,7 +194,8 @@ def _batches(inputs: Sequence[Path], report: PreprocessReport) -> Iterator[list[
         batch: list[Document] = []
         characters = 0
         for path in inputs:
-            for document in read_documents(path, reject=report.rejections, advance=advance):
+            documents = read_documents(path, reject=report.rejections, advance=advance, by=by)
+            for document in documents:
                 batch.append(document)
                 characters += len(document.text)
                 if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:

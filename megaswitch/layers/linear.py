@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from megaswitch.layers.gradient_memory import GradientMemory
 from megaswitch.layers.parameter import Init, parameter
+
+# Of all stacks together, so that what adds up micro-batches needs one block more, not one each.
+_MEMORY = GradientMemory()
 
 
 class Linear(nn.Module):
@@ -51,6 +56,7 @@ class GroupedLinear(nn.Module):
         super().__init__()
         axes = ("ep", "tp", None) if shard == "column" else ("ep", None, "tp")
         self.weight = parameter((experts, outputs, inputs), axes, init)  # type: ignore[arg-type]
+        weakref.finalize(self, _MEMORY.forget).atexit = False  # its gradients' memory goes with it
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """Map rows [N, in] to [N, out]; see `grouped_linear`."""
@@ -102,9 +108,8 @@ class _SlicedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.bounds = bounds
         y = x.new_empty(len(x), weight.shape[1])
-        for matrix, (start, end) in zip(weight, itertools.pairwise(bounds), strict=True):
-            if end > start:
-                torch.mm(x[start:end], matrix.t(), out=y[start:end])
+        for expert, rows in _occupied(bounds):
+            torch.mm(x[rows], weight[expert].t(), out=y[rows])
         y[bounds[-1] :].zero_()
         return y
 
@@ -114,13 +119,21 @@ class _SlicedLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         bounds = ctx.bounds
         grad = grad.contiguous()
-        x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        weight_grad = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for expert, (start, end) in enumerate(itertools.pairwise(bounds)):
-            if x_grad is not None and end > start:
-                torch.mm(grad[start:end], weight[expert], out=x_grad[start:end])
-            if weight_grad is not None:  # an expert without rows still gets its zeros
-                torch.mm(grad[start:end].t(), x[start:end], out=weight_grad[expert])
-        if x_grad is not None:
+        x_grad = weight_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = torch.empty_like(x)
+            for expert, rows in _occupied(bounds):
+                torch.mm(grad[rows], weight[expert], out=x_grad[rows])
             x_grad[bounds[-1] :].zero_()
+        if ctx.needs_input_grad[1]:
+            weight_grad = _MEMORY.empty_like(weight)
+            for expert, (start, end) in enumerate(itertools.pairwise(bounds)):
+                # An expert without rows still gets its zeros.
+                torch.mm(grad[start:end].t(), x[start:end], out=weight_grad[expert])
         return x_grad, weight_grad, None
+
+
+def _occupied(bounds: list[int]) -> list[tuple[int, slice]]:
+    """The experts that have rows, and which: a step of decoding has rows for few of many."""
+    pairs = enumerate(itertools.pairwise(bounds))
+    return [(expert, slice(start, end)) for expert, (start, end) in pairs if end > start]

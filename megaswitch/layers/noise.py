@@ -19,11 +19,19 @@ _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
-def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser on int64 (two's complement wraps as uint64 does). In place."""
-    x.bitwise_xor_((x >> 30) & ((1 << 34) - 1)).mul_(_MIX_1)
-    x.bitwise_xor_((x >> 27) & ((1 << 37) - 1)).mul_(_MIX_2)
-    return x.bitwise_xor_((x >> 31) & ((1 << 33) - 1))
+# Bytes of work memory on a CPU: what is made of a block of draws stays in the second-level cache.
+_SCRATCH_BYTES = 1 << 20
+
+
+def _mix(x: Tensor, scratch: Tensor) -> Tensor:
+    """SplitMix64 on int64 (two's complement wraps as uint64 does) but for its last xor-shift.
+
+    That one leaves the upper 31 bits as they are. In place; `scratch` is like `x`, and overwritten.
+    """
+    for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
+        torch.bitwise_right_shift(x, shift, out=scratch).bitwise_and_((1 << (64 - shift)) - 1)
+        x.bitwise_xor_(scratch).mul_(factor)
+    return x
 
 
 @dataclass(frozen=True)
@@ -54,11 +62,20 @@ class Noise:
             shape: [B, …], one row for each sample.
         """
         base = stable_hash(self.seed, self.step, site)
-        keys = _mix(self.samples * _GOLDEN + base)
-        elements = torch.arange(1, math.prod(shape[1:]) + 1, device=keys.device)
-        counters = keys[:, None] + (elements * _GOLDEN)[None, :]
-        bits = (_mix(counters) >> 40).bitwise_and_((1 << 24) - 1)
-        return bits.to(torch.float32).mul_(2.0**-24).view(shape)
+        keys = self.samples * _GOLDEN + base
+        keys = _mix(keys, torch.empty_like(keys))
+        keys.bitwise_xor_((keys >> 31).bitwise_and_((1 << 33) - 1))
+        elements = torch.arange(1, math.prod(shape[1:]) + 1, device=keys.device).mul_(_GOLDEN)
+        draws = torch.empty(shape[0], len(elements), device=keys.device, dtype=torch.float32)
+        # A GPU wants few big kernels, a CPU few bytes at a time.
+        block = _SCRATCH_BYTES // elements.itemsize if keys.device.type == "cpu" else draws.numel()
+        for columns, out in zip(elements.split(block), draws.split(block, 1), strict=True):
+            rows = max(1, block // len(columns))
+            for key, target in zip(keys.split(rows), out.split(rows), strict=True):
+                counters = key[:, None] + columns
+                bits = _mix(counters, torch.empty_like(counters)) >> 40
+                target.copy_(bits.bitwise_and_((1 << 24) - 1)).mul_(2.0**-24)
+        return draws.view(shape)
 
     def dropout(self, x: Tensor, rate: float, site: str) -> Tensor:
         """Zero elements of `x` [B, …] with probability `rate`, and scale the rest up."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from megaswitch.layers.norm import at_least_fp32
 from megaswitch.layers.parameter import Init, parameter
@@ -73,12 +75,47 @@ class TokenLosses:
 
 def token_losses(logits: Tensor, targets: Tensor, mask: Tensor) -> TokenLosses:
     """Sum the loss of logits [B, L, V] against targets [B, L] where `mask` [B, L] is True."""
-    wide = at_least_fp32(logits)
-    log_z = torch.logsumexp(wide, -1)
-    chosen = wide.gather(-1, targets[..., None]).squeeze(-1)
+    scores = _TargetScores.apply(logits.flatten(0, -2), targets.flatten())
+    log_z, chosen = (score.view(targets.shape) for score in scores)
     return TokenLosses(
         cross_entropy=((log_z - chosen) * mask).sum(),
         log_z_squared=(log_z.square() * mask).sum(),
         tokens=mask.sum(),
         correct=((logits.detach().argmax(-1) == targets) & mask).sum(),
     )
+
+
+class _TargetScores(torch.autograd.Function):
+    """log Z of each row of logits [N, V], and the logit of its target [N]; both in at least fp32.
+
+    Step by step under autograd, this would copy the logits half a dozen times. Here a few rows at a
+    time go through the cache, and the gradient is the only other thing of their size.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        blocks = logits.split(_rows_in_cache(logits))
+        log_z = torch.cat([torch.logsumexp(at_least_fp32(block), -1) for block in blocks])
+        ctx.save_for_backward(logits, targets, log_z)
+        return log_z, at_least_fp32(logits.gather(1, targets[:, None])[:, 0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, log_z_grad: Tensor, chosen_grad: Tensor) -> tuple[Tensor, None]:
+        logits, targets, log_z = ctx.saved_tensors
+        grad = torch.empty_like(logits)
+        columns = (targets, log_z, log_z_grad, chosen_grad)
+        blocks = (
+            t.split(_rows_in_cache(logits)) for t in (grad, logits, *(c[:, None] for c in columns))
+        )
+        for out, block, target, z, z_grad, chosen in zip(*blocks, strict=True):
+            softmax = (at_least_fp32(block) - z).exp_()
+            softmax.mul_(z_grad).scatter_add_(1, target, chosen)
+            out.copy_(softmax)
+        return grad, None
+
+
+def _rows_in_cache(logits: Tensor) -> int:
+    """How many rows to take at a time: on a CPU about a megabyte of fp32, elsewhere all."""
+    fit = (1 << 18) // logits.shape[1] if logits.device.type == "cpu" else len(logits)
+    return max(1, fit)

@@ -109,9 +109,7 @@ class CachedDecoder:
         x = model.embedding(tokens[:, None])
         length = self._past[0].length + 1
         bias = self._bias[..., -length:]
-        for block, memory, past in zip(
-            model.decoder.blocks, self._memory, self._past, strict=True
-        ):
+        for block, memory, past in zip(model.decoder.blocks, self._memory, self._past, strict=True):
             x, _ = block(
                 x,
                 self._real,

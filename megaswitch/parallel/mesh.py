@@ -136,14 +136,14 @@ def _device(name: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError(
-            f"train.device={name!r} needs a CUDA device and this machine offers none; use 'cpu' or "
+            f"device {name!r} needs a CUDA device and this machine offers none; use 'cpu' or "
             "'auto', or install a CUDA build of torch"
         )
     local_rank, devices = _environment("LOCAL_RANK", 0), torch.cuda.device_count()
     if local_rank >= devices:
         raise UserError(
             f"local rank {local_rank} has no GPU of its own: this machine has {devices}; start "
-            f"torchrun with --nproc-per-node {devices}, or use train.device='cpu'"
+            f"torchrun with --nproc-per-node {devices}, or use device 'cpu'"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

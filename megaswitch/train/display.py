@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from typing import Any
 
 from rich.console import Group
@@ -103,6 +104,53 @@ class Display:
                 f"{metrics[f'router_confidence/{layer}']:.2f}",
             )
         return [overall, table]
+
+
+class SampleProgress:
+    """How far a pass over samples is, by rank 0's share: a bar on a terminal, lines elsewhere.
+
+    Args:
+        samples: of all ranks.
+        mesh: only rank 0 shows anything.
+    """
+
+    _LINE_EVERY = 10.0  # seconds
+
+    def __init__(self, samples: int, mesh: Mesh) -> None:
+        self.samples, self.ranks, self.quiet = samples, mesh.size, mesh.rank != 0
+        self.done = 0
+        self.started = self.printed = time.monotonic()
+        self.bar: Progress | None = None
+        if not self.quiet and sys.stderr.isatty():
+            columns = (TextColumn("samples"), MofNCompleteColumn(), BarColumn())
+            self.bar = Progress(
+                *columns, TimeRemainingColumn(), console=console(), speed_estimate_period=3600,
+                transient=True,
+            )  # fmt: skip
+            self.bar.add_task("samples", total=samples)
+
+    def __enter__(self) -> SampleProgress:
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def advance(self, samples: int) -> None:
+        """Count samples of this rank; the others are taken to be as far."""
+        if self.quiet:
+            return
+        self.done = min(self.done + samples * self.ranks, self.samples)
+        if self.bar:
+            self.bar.update(self.bar.task_ids[0], completed=self.done)
+            return
+        now = time.monotonic()
+        if now - self.printed >= self._LINE_EVERY:
+            self.printed = now
+            remaining = (now - self.started) * (self.samples - self.done) / self.done / 60
+            info(f"samples {self.done:,}/{self.samples:,} · ETA {remaining:.1f} min")
 
 
 def _line(metrics: dict[str, Any]) -> str:

@@ -1,85 +1,263 @@
-"""Loss on held-out text, and the baseline that shows whether anything was learned."""
+"""A checkpoint on held-out corpora and texts: what `megaswitch evaluate` does."""
 
 from __future__ import annotations
 
-import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from megaswitch.data.loader import SpanCorruptionLoader
-from megaswitch.data.span_corruption import EOS_ID, Seq2SeqBatch
-from megaswitch.layers.vocab import token_losses
+from megaswitch.checkpoint.manager import (
+    find_checkpoint,
+    load_model_tensors,
+    read_config,
+    read_state,
+    verify,
+)
+from megaswitch.config import RunConfig
+from megaswitch.data.indexed import CorpusMeta
+from megaswitch.data.sources import DataFile, Source, parse_data, tokenize_sources
+from megaswitch.data.span_corruption import span_shape
+from megaswitch.data.tokenizer import Tokenizer
+from megaswitch.log import UserError, info
+from megaswitch.model.count import count
 from megaswitch.model.switch_transformer import SwitchTransformer
 from megaswitch.parallel.mesh import Mesh
-from megaswitch.train.metrics import LossMeter, RouterMeter
-from megaswitch.train.objectives import forward
+from megaswitch.train.display import SampleProgress
+from megaswitch.train.objectives import PRECISIONS
+from megaswitch.train.validation import Figures, Validation, measure, open_corpus
 
 
-class Validation:
-    """Runs a model over the first samples of a held-out corpus.
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to evaluate. None takes the value that the checkpoint was trained with.
 
-    Args:
-        loader: unshuffled.
-        samples: how many sequences; all that there are, if fewer.
-        micro_batch_size: sequences per forward.
+    Attributes:
+        checkpoint: a checkpoint, or a run folder, whose newest is taken.
+        data: text files or prefixes of `.bin`/`.idx` pairs, each as PATH or NAME=PATH.
+        by: field of JSON lines by whose values the sources are told apart.
+        samples: the first so many of each source; None: all.
+        batch_size: sequences per forward and rank.
+        encoder_length: tokens per encoder row.
+        noise_density: share of tokens masked.
+        mean_span_length: mean tokens per masked span.
+        precision: "fp32" or "bf16".
+        seed: of the choice of spans.
     """
 
-    def __init__(
-        self, loader: SpanCorruptionLoader, *, samples: int, micro_batch_size: int
-    ) -> None:
-        self.loader = loader
-        self.samples = min(samples, loader.samples_per_epoch)
-        self.micro_batch_size = micro_batch_size
+    checkpoint: Path
+    data: Sequence[str]
+    by: str | None = None
+    samples: int | None = None
+    batch_size: int | None = None
+    encoder_length: int | None = None
+    noise_density: float | None = None
+    mean_span_length: float | None = None
+    precision: str | None = None
+    seed: int | None = None
 
-    @torch.no_grad()
-    def run(self, model: SwitchTransformer, mesh: Mesh, precision: torch.dtype) -> dict[str, float]:
-        """Evaluate, spread over the ranks.
+    def applied(self, config: RunConfig) -> RunConfig:
+        """The checkpoint's configuration with what is asked for otherwise."""
+        shape = {
+            key: value
+            for key in ("encoder_length", "noise_density", "mean_span_length")
+            if (value := getattr(self, key)) is not None
+        }
+        if shape:  # the length that was set may be too short for other samples
+            shape["decoder_length"] = None
+        train = {
+            key: value for key in ("precision", "seed") if (value := getattr(self, key)) is not None
+        }
+        return replace(
+            config, data=replace(config.data, **shape), train=replace(config.train, **train)
+        )
 
-        Returns:
-            `loss`, `perplexity` and `accuracy` over all targets; `content_loss` over the targets
-            that are text; `content_unigram_entropy`, the least loss on those same targets of a
-            model that knows only how frequent each is; and the router's metrics.
-        """
-        training = model.training
-        model.eval()
-        losses = LossMeter(mesh.device)
-        router = RouterMeter(model.config, mesh.device)
-        counts = torch.zeros(model.config.vocab_size, dtype=torch.float64, device=mesh.device)
-        content_loss = torch.zeros((), dtype=torch.float64, device=mesh.device)
-        starts = range(0, self.samples, self.micro_batch_size)
-        for start in starts[mesh.rank :: mesh.size]:
-            rows = range(start, min(start + self.micro_batch_size, self.samples))
-            output, batch, masks = forward(model, self.loader.batch(rows), mesh.device, precision)
-            losses.add(
-                token_losses(output.logits, batch.decoder_targets, batch.decoder_mask), output
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        checkpoint: that was evaluated.
+        step: it was written at.
+        config: its configuration, with lengths, corruption, seed and precision as evaluated.
+        decoder_length: positions per decoder row.
+        batch_size: sequences per forward and rank.
+        available: samples that each source holds.
+        sources: figures of each source.
+        total: figures of all samples together, whatever their source.
+    """
+
+    checkpoint: Path
+    step: int
+    config: RunConfig
+    decoder_length: int
+    batch_size: int
+    available: dict[str, int]
+    sources: dict[str, Figures]
+    total: Figures
+
+
+def evaluate(request: Request, mesh: Mesh) -> Evaluation:
+    """Evaluate a checkpoint, spread over the ranks.
+
+    Routing groups, capacity and the samples of a corpus are those of the validation in training.
+
+    Raises:
+        UserError: on every rank, saying what is wrong with the checkpoint or the data.
+    """
+    with mesh.together():
+        checkpoint = find_checkpoint(request.checkpoint)
+        files = parse_data(request.data, request.by)
+        state = read_state(checkpoint)
+        verify(checkpoint, sorted(state["files"])[mesh.rank :: mesh.size])
+    _check_same("checkpoints", state, mesh)
+    with mesh.together():
+        config = request.applied(read_config(checkpoint))
+        with torch.device(mesh.device):
+            model = SwitchTransformer(config.model)
+        batch_size = _whole_groups(request.batch_size, config, model)
+        tokenizer = _tokenizer_of(checkpoint, files)
+    load_model_tensors(checkpoint, model, distributed=mesh.group is not None)
+    with _corpora(files, tokenizer, config, request.by, mesh) as sources:
+        with mesh.together():
+            validations = _open(sources, config, tokenizer, request.samples, batch_size)
+        _check_same("data", [v.loader.fingerprint for v in validations], mesh)
+        samples = sum(v.samples for v in validations)
+        info(
+            f"{checkpoint} · {count(config.model).total_parameters:,} parameters · "
+            f"{config.model.moe.num_experts or 'no'} experts · {mesh.size} × {mesh.device.type} · "
+            f"{config.train.precision} · {samples:,} samples of {len(sources)} "
+            f"source{'s' if len(sources) > 1 else ''}"
+        )
+        with SampleProgress(samples, mesh) as progress:
+            *each, total = measure(
+                model.eval(), validations, mesh, PRECISIONS[config.train.precision],
+                total=True, advance=progress.advance,
+            )  # fmt: skip
+    names = [source.name for source in sources]
+    return Evaluation(
+        checkpoint=checkpoint,
+        step=state["state"]["step"],
+        config=config,
+        decoder_length=validations[0].loader.decoder_length,
+        batch_size=batch_size,
+        available={n: v.loader.samples_per_epoch for n, v in zip(names, validations, strict=True)},
+        sources=dict(zip(names, each, strict=True)),
+        total=total,
+    )
+
+
+def _check_same(what: str, view: Any, mesh: Mesh) -> None:
+    """Refuse, on every rank, ranks that would add up figures of different things."""
+    if any(other != view for other in mesh.gather(view)):
+        raise UserError(
+            f"the ranks see different {what}; give all nodes the same command and keep checkpoint "
+            "and data on storage that they share"
+        )
+
+
+def _whole_groups(batch_size: int | None, config: RunConfig, model: SwitchTransformer) -> int:
+    """The batch size asked for, or else the one of training, in whole routing groups."""
+    length, moe = config.data.encoder_length, config.model.moe
+    rows = model.rows_per_group(length) if moe.num_experts else 1
+    if batch_size is None:
+        return -(-config.train.micro_batch_size // rows) * rows
+    if batch_size % rows:
+        raise UserError(
+            f"the batch size is {batch_size}; it must be a multiple of the {rows} rows of a "
+            f"routing group (model.moe.group_size={moe.group_size} / encoder length {length}), "
+            f"which is part of the model; use {-(-batch_size // rows) * rows}"
+        )
+    return batch_size
+
+
+def _tokenizer_of(checkpoint: Path, files: Sequence[DataFile]) -> Tokenizer | None:
+    """The tokenizer in the checkpoint, which `files` must fit as far as that is known."""
+    path = checkpoint / "tokenizer.model"
+    texts = [file for file in files if file.is_text]
+    if not path.is_file():
+        if texts:
+            raise UserError(
+                f"'{texts[0].path}' is text and checkpoint {checkpoint} has no tokenizer.model to "
+                "read it with; give the prefix of a .bin/.idx pair that `megaswitch preprocess` "
+                "made with the model's tokenizer (training with data.tokenizer set puts it into "
+                "checkpoints)."
             )
-            content = self._is_text(batch)
-            content_loss += token_losses(
-                output.logits, batch.decoder_targets, content
-            ).cross_entropy.double()
-            counts.scatter_add_(0, batch.decoder_targets.flatten(), content.flatten().double())
-            router.add(output.routing, masks)
-        model.train(training)
-        metrics = losses.summary(mesh) | router.summary(mesh)
-        mesh.sum_(counts)
-        mesh.sum_(content_loss)
-        metrics["content_loss"] = (content_loss / counts.sum().clamp(min=1)).item()
-        metrics["content_unigram_entropy"] = _entropy(counts)
-        return metrics
-
-    def _is_text(self, batch: Seq2SeqBatch) -> Tensor:
-        """[B, Ld] bool, True on targets that are neither sentinel nor EOS nor padding."""
-        targets = batch.decoder_targets
-        loader = self.loader
-        text = (targets != EOS_ID) & (targets < loader.sentinel_top - loader.num_sentinels)
-        return batch.decoder_mask & text
+        return None
+    tokenizer = Tokenizer(path)
+    for file in files:
+        meta = None if file.is_text else CorpusMeta.read(file.path)
+        if meta and meta.tokenizer_sha256 != tokenizer.sha256:
+            raise UserError(
+                f"'{file.path}' was made with another tokenizer (sha256 "
+                f"{meta.tokenizer_sha256[:12]}…) than the checkpoint's ({tokenizer.sha256[:12]}…), "
+                "so its ids mean other text to the model; give the text itself, or preprocess it "
+                f"with --tokenizer {path}."
+            )
+    return tokenizer
 
 
-def _entropy(counts: Tensor) -> float:
-    """Entropy, in nats, of the distribution with these counts."""
-    total = counts.sum().item()
-    if total == 0:
-        return 0.0
-    present = counts[counts > 0]
-    return math.log(total) - (present * present.log()).sum().item() / total
+@contextmanager
+def _corpora(
+    files: Sequence[DataFile],
+    tokenizer: Tokenizer | None,
+    config: RunConfig,
+    by: str | None,
+    mesh: Mesh,
+) -> Iterator[list[Source]]:
+    """All sources as corpora; text is tokenized, once on each machine, while the context lasts."""
+    texts = [file for file in files if file.is_text]
+    if not texts:
+        yield [Source(file.name, file.path) for file in files]
+        return
+    assert tokenizer
+    data = config.data
+    least, _ = span_shape(data.encoder_length, data.noise_density, data.mean_span_length)
+    local_rank = int(os.environ["LOCAL_RANK"]) if mesh.size > 1 else 0
+    with TemporaryDirectory(prefix="megaswitch-") as folder:
+        tokenized: list[Source] = []
+        with mesh.together():
+            if local_rank == 0:
+                tokenized = tokenize_sources(
+                    texts, tokenizer, Path(folder),
+                    least_tokens=least, by=by, workers=os.cpu_count() or 1,
+                )  # fmt: skip
+        # torchrun numbers the ranks of a machine one after another.
+        tokenized = mesh.gather(tokenized)[mesh.rank - local_rank]
+        if by is not None:
+            yield tokenized
+        else:
+            found = {source.name: source for source in tokenized}
+            yield [found.get(file.name, Source(file.name, file.path)) for file in files]
+
+
+def _open(
+    sources: Sequence[Source],
+    config: RunConfig,
+    tokenizer: Tokenizer | None,
+    samples: int | None,
+    batch_size: int,
+) -> list[Validation]:
+    """Every source opened.
+
+    Raises:
+        UserError: naming all that cannot be.
+    """
+    validations, problems = [], []
+    known = tokenizer.info if tokenizer else None
+    for source in sources:
+        try:
+            loader = open_corpus(config, source.prefix, known, shuffle=False)
+        except UserError as error:
+            problems.append(str(error))
+        else:
+            validations.append(Validation(loader, samples=samples, micro_batch_size=batch_size))
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    return validations

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,40 @@ def peak_flops(device: torch.device, precision: torch.dtype) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((flops for key, flops in _BF16_PEAKS.items() if key in name), None)
+
+
+@dataclass(frozen=True)
+class LayerLoad:
+    """How one Switch layer spread its tokens. Padding does not count.
+
+    Attributes:
+        tokens: routed.
+        kept: of them, those whose expert had a slot left.
+        router_entropy: mean of the router's entropy, nats; ln E when undecided.
+        router_confidence: mean probability of the chosen expert.
+        tokens_per_expert: [E], as the router chose, dropped tokens too.
+    """
+
+    tokens: int
+    kept: int
+    router_entropy: float
+    router_confidence: float
+    tokens_per_expert: list[int]
+
+    @property
+    def dropped_fraction(self) -> float:
+        """Share of tokens that found their expert full."""
+        return 1 - self.kept / max(self.tokens, 1)
+
+    @property
+    def load_imbalance(self) -> float:
+        """Tokens of the busiest expert ÷ an even share."""
+        return max(self.tokens_per_expert) * len(self.tokens_per_expert) / max(self.tokens, 1)
+
+    @property
+    def unused_experts(self) -> list[int]:
+        """Experts, from 0, that no token chose."""
+        return [expert for expert, tokens in enumerate(self.tokens_per_expert) if not tokens]
 
 
 class RouterMeter:
@@ -66,32 +101,76 @@ class RouterMeter:
             self.layers[name] += torch.cat([torch.stack([s.double() for s in sums]), load])
 
     def summary(self, mesh: Mesh) -> dict[str, float]:
-        """Metrics over all ranks; the meter is emptied.
+        """`router_metrics` over all ranks; the meter is emptied."""
+        return router_metrics(self.loads(mesh))
 
-        `dropped_fraction` and `load_imbalance` (busiest expert ÷ even share) are over all layers;
-        with `/layer` appended they are of one. `router_entropy` is in nats (ln E when undecided),
-        `router_confidence` the mean probability of the chosen expert.
-        """
+    def loads(self, mesh: Mesh) -> dict[str, LayerLoad]:
+        """Each layer's load over all ranks; the meter is emptied."""
         if not self.layers:
             return {}
-        names = list(self.layers)
-        table = mesh.sum_(torch.stack(list(self.layers.values()))).cpu()
+        table = mesh.sum_(torch.stack(list(self.layers.values()))).tolist()
         for sums in self.layers.values():
             sums.zero_()
-        tokens = table[:, 0].clamp(min=1)
-        columns = {
-            "dropped_fraction": 1 - table[:, 1] / tokens,
-            "load_imbalance": table[:, 4:].amax(1) * self.num_experts / tokens,
-            "router_entropy": table[:, 2] / tokens,
-            "router_confidence": table[:, 3] / tokens,
+        return {
+            name: LayerLoad(
+                tokens=int(tokens),
+                kept=int(kept),
+                router_entropy=entropy / max(tokens, 1),
+                router_confidence=gate / max(tokens, 1),
+                tokens_per_expert=[int(count) for count in per_expert],
+            )
+            for name, (tokens, kept, entropy, gate, *per_expert) in zip(
+                self.layers, table, strict=True
+            )
         }
-        metrics = {
-            "dropped_fraction": 1 - (table[:, 1].sum() / tokens.sum()).item(),
-            "load_imbalance": columns["load_imbalance"].mean().item(),
+
+
+def router_metrics(loads: Mapping[str, LayerLoad]) -> dict[str, float]:
+    """Metrics of all Switch layers, by one name each.
+
+    `dropped_fraction` and `load_imbalance` (busiest expert ÷ even share) are over all layers; with
+    `/layer` appended they are of one. `router_entropy` is in nats, `router_confidence` the mean
+    probability of the chosen expert.
+    """
+    if not loads:
+        return {}
+    tokens = sum(max(load.tokens, 1) for load in loads.values())
+    metrics = {
+        "dropped_fraction": 1 - sum(load.kept for load in loads.values()) / tokens,
+        "load_imbalance": sum(load.load_imbalance for load in loads.values()) / len(loads),
+    }
+    for key in ("dropped_fraction", "load_imbalance", "router_entropy", "router_confidence"):
+        metrics |= {f"{key}/{name}": getattr(load, key) for name, load in loads.items()}
+    return metrics
+
+
+@dataclass(frozen=True)
+class LossTotals:
+    """What a `LossMeter` counted on all ranks.
+
+    Attributes:
+        cross_entropy: summed over the counted targets, nats.
+        tokens: targets counted.
+        correct: of them, those with the largest logit.
+        aux_loss: load-balancing loss, summed over rows.
+        rows: sequences.
+    """
+
+    cross_entropy: float
+    tokens: float
+    correct: float
+    aux_loss: float
+    rows: float
+
+    def metrics(self) -> dict[str, float]:
+        """Means. `loss` is nats per target token."""
+        loss = self.cross_entropy / max(self.tokens, 1)
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "accuracy": self.correct / max(self.tokens, 1),
+            "aux_loss": self.aux_loss / max(self.rows, 1),
         }
-        for key, values in columns.items():
-            metrics |= {f"{key}/{n}": v for n, v in zip(names, values.tolist(), strict=True)}
-        return metrics
 
 
 class LossMeter:
@@ -110,15 +189,13 @@ class LossMeter:
 
     def summary(self, mesh: Mesh) -> dict[str, float]:
         """Means over all ranks; the meter is emptied. `loss` is nats per target token."""
-        cross_entropy, tokens, correct, aux, rows = mesh.sum_(self.sums.clone()).tolist()
+        return self.totals(mesh).metrics()
+
+    def totals(self, mesh: Mesh) -> LossTotals:
+        """Sums over all ranks; the meter is emptied."""
+        totals = LossTotals(*mesh.sum_(self.sums.clone()).tolist())
         self.sums.zero_()
-        loss = cross_entropy / max(tokens, 1)
-        return {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "accuracy": correct / max(tokens, 1),
-            "aux_loss": aux / max(rows, 1),
-        }
+        return totals
 
 
 class MetricLog:

@@ -17,6 +17,8 @@ from megaswitch.layers.noise import Noise
 from megaswitch.layers.vocab import TokenLosses, token_losses
 from megaswitch.model.switch_transformer import SwitchOutput, SwitchTransformer
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 @dataclass(frozen=True)
 class BatchSize:

@@ -36,11 +36,10 @@ from megaswitch.optim.schedule import learning_rate
 from megaswitch.parallel.data_parallel import sum_gradients
 from megaswitch.parallel.mesh import Mesh
 from megaswitch.train.display import Display
-from megaswitch.train.evaluate import Validation
 from megaswitch.train.metrics import LossMeter, MetricLog, RouterMeter, peak_flops
-from megaswitch.train.objectives import BatchSize, forward, training_loss
+from megaswitch.train.objectives import PRECISIONS, BatchSize, forward, training_loss
+from megaswitch.train.validation import Validation, open_corpus
 
-_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Keys that a run may change when it goes on; the rest of the configuration is its identity.
 _MAY_CHANGE = (
     *("model.preset", "data.train", "data.valid", "data.tokenizer", "checkpoint."),
@@ -202,7 +201,7 @@ class Trainer:
         self, batch: Seq2SeqBatch, whole: BatchSize, losses: LossMeter, router: RouterMeter | None
     ) -> Tensor:
         """Forward and backward of one micro-batch; returns its share of the loss."""
-        precision = _PRECISIONS[self.config.train.precision]
+        precision = PRECISIONS[self.config.train.precision]
         samples = batch.sample_index.to(self.mesh.device)
         noise = Noise(self.config.train.seed, self.state.step, samples)
         output, batch, masks = forward(self.model, batch, self.mesh.device, precision, noise)
@@ -225,7 +224,7 @@ class Trainer:
 
     def _validate(self, step: int, display: Display) -> None:
         assert self.validation
-        precision = _PRECISIONS[self.config.train.precision]
+        precision = PRECISIONS[self.config.train.precision]
         metrics = self.validation.run(self.model, self.mesh, precision)
         self._write(step, {f"valid/{key}": value for key, value in metrics.items()})
         display.validation(step, metrics)
@@ -259,7 +258,7 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "tflops_per_second": sequences * flops / seconds / 1e12,
         }
-        peak = peak_flops(self.mesh.device, _PRECISIONS[self.config.train.precision])
+        peak = peak_flops(self.mesh.device, PRECISIONS[self.config.train.precision])
         if peak:
             speed["mfu"] = sequences * flops / seconds / (peak * self.mesh.size)
         return speed
@@ -323,17 +322,8 @@ def build_loader(config: RunConfig, split: str) -> SpanCorruptionLoader:
             f"data.{split} is not set; it must name the .bin/.idx pair that `megaswitch "
             f"preprocess` wrote, without suffix: --data.{split}=PREFIX"
         )
-    return SpanCorruptionLoader(
-        prefix,
-        seed=config.train.seed,
-        vocab_size=config.model.vocab_size,
-        encoder_length=config.data.encoder_length,
-        decoder_length=config.data.decoder_length,
-        noise_density=config.data.noise_density,
-        mean_span_length=config.data.mean_span_length,
-        shuffle=split == "train",
-        tokenizer=Tokenizer(config.data.tokenizer).info if config.data.tokenizer else None,
-    )
+    tokenizer = Tokenizer(config.data.tokenizer).info if config.data.tokenizer else None
+    return open_corpus(config, prefix, tokenizer, shuffle=split == "train")
 
 
 def build_validation(config: RunConfig) -> Validation | None:

@@ -67,9 +67,7 @@ def variants(theirs: Any, ours: SwitchTransformer, beams: int) -> dict[str, Call
         return texts[:, 1:]
 
     def of_ours(cache: bool) -> torch.Tensor:
-        return megaswitch.generate(
-            ours, tokens, max_tokens=NEW, beams=beams, cache=cache
-        ).tokens
+        return megaswitch.generate(ours, tokens, max_tokens=NEW, beams=beams, cache=cache).tokens
 
     expected = of_theirs(cache=True)
     assert expected.shape == (ROWS, NEW)

@@ -1,46 +1,104 @@
-"""Timing variants against each other: interleaved, in CPU-seconds, as ratios to the first."""
+"""Timing variants against each other: interleaved, in CPU-seconds, as ratios."""
 
 from __future__ import annotations
 
 import json
 import platform
+import resource
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 
-def compare(
-    variants: dict[str, Callable[[], Any]], *, rounds: int = 15, warmup: int = 2
-) -> dict[str, dict[str, float]]:
-    """Time each variant once a round, in turn, so that drift of the machine hits all alike.
+@dataclass(frozen=True)
+class Lap:
+    """What running something once took.
+
+    Attributes:
+        cpu: seconds of all threads, in user and in kernel mode.
+        wall: seconds.
+        faults: pages of memory that the kernel had to supply.
+    """
+
+    cpu: float
+    wall: float
+    faults: int
+
+    @classmethod
+    def of(cls, function: Callable[[], Any]) -> Lap:
+        """Run `function`."""
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        wall, cpu = time.perf_counter(), time.process_time()
+        function()
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        return cls(cpu, wall, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
+
+    def __add__(self, other: Lap) -> Lap:
+        return Lap(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+def measure(
+    variants: Mapping[str, Sequence[Callable[[], Any]]], *, rounds: int, warmup: int = 2
+) -> dict[str, list[list[Lap]]]:
+    """Run each variant once a round, in turn, so that drift of the machine hits all alike.
 
     Args:
-        variants: name to function; the first is the reference.
+        variants: name to the phases of a run, which are timed apart.
 
     Returns:
-        Per variant the median and the inter-quartile range of its CPU-seconds, and the ratio of
-        its median to the reference's.
+        Per variant and phase the laps of all rounds.
     """
-    times: dict[str, list[float]] = {name: [] for name in variants}
+    laps: dict[str, list[list[Lap]]] = {n: [[] for _ in phases] for n, phases in variants.items()}
     for turn in range(warmup + rounds):
-        for name, function in variants.items():
-            start = time.process_time()
-            function()
-            if turn >= warmup:
-                times[name].append(time.process_time() - start)
-    reference = statistics.median(next(iter(times.values())))
+        for name, phases in variants.items():
+            for phase, function in enumerate(phases):
+                lap = Lap.of(function)
+                if turn >= warmup:
+                    laps[name][phase].append(lap)
+    return laps
+
+
+def summary(laps: Sequence[Lap]) -> dict[str, float]:
+    """Medians, and the inter-quartile range of the CPU-seconds."""
+    low, cpu, high = statistics.quantiles([lap.cpu for lap in laps], n=4)
+    return {
+        "cpu_seconds": cpu,
+        "spread": high - low,
+        "wall_seconds": statistics.median(lap.wall for lap in laps),
+        "page_faults": int(statistics.median(lap.faults for lap in laps)),
+    }
+
+
+def ratio(laps: Sequence[Lap], reference: Sequence[Lap]) -> dict[str, float]:
+    """Median and inter-quartile range of the CPU-seconds by the reference's of the same round."""
+    pairs = [ours.cpu / theirs.cpu for ours, theirs in zip(laps, reference, strict=True)]
+    low, median, high = statistics.quantiles(pairs, n=4)
+    return {"ratio": median, "ratio_spread": high - low}
+
+
+def compare(
+    variants: Mapping[str, Callable[[], Any]], *, rounds: int = 15
+) -> dict[str, dict[str, float]]:
+    """Per variant its `summary`, and its `ratio` to the first."""
+    measured = measure({name: [function] for name, function in variants.items()}, rounds=rounds)
+    reference = next(iter(measured.values()))[0]
     result = {}
-    for name, seconds in times.items():
-        low, median, high = statistics.quantiles(seconds, n=4)
-        ratio = median / reference
-        result[name] = {"cpu_seconds": median, "spread": high - low, "ratio": ratio}
-        print(f"{name:32s} {median * 1e3:10.3f} ms  ± {(high - low) * 1e3:7.3f}   ×{ratio:.3f}")
+    for name, (laps,) in measured.items():
+        result[name] = summary(laps) | ratio(laps, reference)
+        print(line(name, result[name]), f"×{result[name]['ratio']:.3f}")
     return result
+
+
+def line(name: str, numbers: Mapping[str, float]) -> str:
+    """A row of a table for people."""
+    cpu, spread = numbers["cpu_seconds"] * 1e3, numbers["spread"] * 1e3
+    return f"{name:32s} {cpu:10.3f} ms  ± {spread:7.3f}"
 
 
 def record(script: str, results: dict[str, Any], output: Path | None) -> None:

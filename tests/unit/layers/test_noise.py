@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from megaswitch.layers import noise as module
 from megaswitch.layers.noise import Noise, dropout
+from megaswitch.layers.parameter import stable_hash
 
 
 def noise(*, seed=0, step=0, samples=range(64)):
@@ -94,6 +96,25 @@ def test_literal_draws():
         [7609572, 331261, 9456010],
         [2246334, 3281119, 7260069],
     ]
+
+
+def split_mix(x):
+    """SplitMix64's finaliser, on Python's integers."""
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % 2**64
+    return x ^ (x >> 31)
+
+
+@pytest.mark.parametrize("scratch", [8, 24, 80, 1 << 20])
+def test_draws_are_those_of_split_mix_however_they_are_cut(monkeypatch, scratch):
+    monkeypatch.setattr(module, "_SCRATCH_BYTES", scratch)
+    samples = [0, 3, 2**40 + 1, 2**63 - 1]
+    draws = noise(seed=7, step=2, samples=samples).uniform("a", (4, 5, 2)).flatten(1)
+    golden, base = 0x9E3779B97F4A7C15, stable_hash(7, 2, "a")
+    for sample, row in zip(samples, draws, strict=True):
+        key = split_mix((sample * golden + base) % 2**64)
+        counters = [(key + element * golden) % 2**64 for element in range(1, 11)]
+        assert (row * 2**24).tolist() == [split_mix(c) >> 40 for c in counters]
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])

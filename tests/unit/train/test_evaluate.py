@@ -1,94 +1,143 @@
-"""Validation against sums made by hand, and greedy decoding against teacher forcing."""
+"""A checkpoint evaluated again: the figures of training's own validation, from corpora and text."""
 
-import math
+import json
+import shutil
+from dataclasses import replace
 
 import pytest
-import torch
 
-from megaswitch.config import load_config
-from megaswitch.data.span_corruption import EOS_ID
-from megaswitch.model.switch_transformer import SwitchTransformer
+from megaswitch.checkpoint.manager import find_checkpoint
+from megaswitch.data.preprocess import preprocess
+from megaswitch.log import UserError
 from megaswitch.parallel.mesh import Mesh
-from megaswitch.train.evaluate import Validation
-from megaswitch.train.generate import greedy
-from megaswitch.train.trainer import build_loader
-from tests.conftest import SENTINELS, VOCAB_SIZE
+from megaswitch.train.evaluate import Request, evaluate
+from megaswitch.train.metrics import read_metrics, router_metrics
 
 
 @pytest.fixture
-def config(run_options):
-    return load_config(None, run_options)
+def request_(text_run):
+    return Request(checkpoint=text_run / "run", data=[f"{text_run}/valid"])
+
+
+def run(request):
+    return evaluate(request, Mesh.start("cpu"))
+
+
+def test_figures_are_those_of_validation_in_training(text_run, request_):
+    evaluation = run(replace(request_, samples=30))
+    (last,) = (m for m in read_metrics(text_run / "run/metrics.jsonl") if "valid/loss" in m)
+    (figures,) = evaluation.sources.values()
+    again = figures.metrics | router_metrics(figures.router)
+    assert {f"valid/{key}": value for key, value in again.items()} == {
+        key: value for key, value in last.items() if key.startswith("valid/")
+    }
+    assert evaluation.total == figures
+    assert evaluation.step == 3
+
+
+def test_text_gives_what_preprocessing_it_gives(text_run, request_):
+    text = run(replace(request_, data=[f"{text_run}/texts.jsonl"]))
+    corpus = run(request_)
+    assert text.sources["texts"] == corpus.sources["valid"]
+    assert text.available == {"texts": corpus.total.samples}
+
+
+def test_a_field_gives_what_separate_files_give(text_run, tmp_path, request_):
+    lines = (text_run / "texts.jsonl").read_text().splitlines()
+    split = run(replace(request_, data=[f"{text_run}/texts.jsonl"], by="lang"))
+    assert list(split.sources) == ["(no lang)", "a", "b"]
+    for lang in ("a", "b"):
+        kept = [line for line in lines if json.loads(line).get("lang") == lang]
+        (tmp_path / f"{lang}.jsonl").write_text("\n".join(kept))
+        preprocess([tmp_path / f"{lang}.jsonl"], tmp_path / lang, text_run / "spm.model")
+    apart = run(replace(request_, data=[f"{tmp_path}/a", f"bee={tmp_path}/b"]))
+    assert apart.sources["a"] == split.sources["a"]
+    assert apart.sources["bee"] == split.sources["b"]
+    assert split.total.samples == sum(f.samples for f in split.sources.values())
+
+
+def test_what_is_asked_for_overrides_the_checkpoint(request_):
+    plain = run(replace(request_, samples=8))
+    other = run(replace(request_, samples=8, seed=6))
+    assert other.total.metrics["loss"] != plain.total.metrics["loss"]
+    smaller = run(replace(request_, samples=8, batch_size=2)).total
+    assert smaller.metrics == pytest.approx(plain.total.metrics, rel=1e-5)
+    for name, load in plain.total.router.items():
+        assert smaller.router[name].tokens_per_expert == load.tokens_per_expert
+        assert smaller.router[name].kept == load.kept
+    shorter = run(replace(request_, samples=8, encoder_length=32, noise_density=0.3))
+    assert shorter.config.data.encoder_length == 32
+    assert shorter.total.router["encoder.1.ffn"].tokens == 8 * 32
+    assert shorter.batch_size == 4  # rows of a group of 128 tokens
+    assert run(replace(request_, samples=8, precision="bf16")).config.train.precision == "bf16"
+
+
+def test_batches_that_cut_routing_groups_are_refused(request_):
+    with pytest.raises(UserError, match=r"multiple of the 2 rows of a routing group .* use 4"):
+        run(replace(request_, batch_size=3))
+
+
+def test_nothing_is_left_behind(text_run, tmp_path, request_, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run(replace(request_, data=[f"{text_run}/texts.jsonl"], samples=2))
+    with pytest.raises(UserError, match="no document has a value in the field 'nothing'"):
+        run(replace(request_, data=[f"{text_run}/texts.jsonl"], by="nothing"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
-def model(config):
-    return SwitchTransformer(config.model).initialize(3)
+def copy(text_run, tmp_path):
+    """A checkpoint that may be damaged."""
+    return shutil.copytree(find_checkpoint(text_run / "run"), tmp_path / "checkpoint")
 
 
-def by_hand(model, loader, samples):
-    """Loss sums over all targets and over text, token by token."""
-    batch = loader.batch(range(samples))
-    model.eval()
-    logits = model(batch.encoder_tokens, batch.decoder_tokens).logits
-    nats = -torch.log_softmax(logits.double(), -1)
-    total, text, counts, right = 0.0, 0.0, {}, 0
-    for row in range(samples):
-        for place, target in enumerate(batch.decoder_targets[row].tolist()):
-            loss = nats[row, place, target].item()
-            total += loss
-            right += int(logits[row, place].argmax()) == target
-            if target != EOS_ID and target < VOCAB_SIZE - SENTINELS:
-                text += loss
-                counts[target] = counts.get(target, 0) + 1
-    tokens, texts = batch.decoder_targets.numel(), sum(counts.values())
-    entropy = -sum(n / texts * math.log(n / texts) for n in counts.values())
-    return total / tokens, right / tokens, text / texts, entropy
+def forget(checkpoint, name):
+    """Take a file out of the checkpoint as if it had never been in it."""
+    (checkpoint / name).unlink()
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["files"][name]
+    (checkpoint / "state.json").write_text(json.dumps(state))
 
 
-# Micro-batches of whole routing groups (2 rows); the last one is smaller.
-@pytest.mark.parametrize("micro_batch_size", [2, 4, 10])
-def test_validation_equals_sums_by_hand(config, model, micro_batch_size):
-    loader = build_loader(config, "valid")
-    validation = Validation(loader, samples=10, micro_batch_size=micro_batch_size)
-    model.train()
-    metrics = validation.run(model, Mesh.start("cpu"), torch.float32)
-    assert model.training
-    loss, accuracy, content, entropy = by_hand(model, loader, 10)
-    assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
-    assert metrics["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
-    assert metrics["accuracy"] == pytest.approx(accuracy)
-    assert metrics["content_loss"] == pytest.approx(content, rel=1e-5)
-    assert metrics["content_unigram_entropy"] == pytest.approx(entropy, rel=1e-9)
+def test_text_needs_the_tokenizer_in_the_checkpoint(text_run, copy, request_):
+    forget(copy, "tokenizer.model")
+    assert run(replace(request_, checkpoint=copy, samples=2)).total.samples == 2
+    with pytest.raises(UserError, match=r"has no tokenizer.model to read it with"):
+        run(replace(request_, checkpoint=copy, data=[f"{text_run}/texts.jsonl"]))
 
 
-def test_validation_takes_what_there_is(config, model):
-    loader = build_loader(config, "valid")
-    validation = Validation(loader, samples=10**9, micro_batch_size=4)
-    assert validation.samples == loader.samples_per_epoch
+def test_a_damaged_checkpoint_is_refused(copy, request_):
+    (file,) = copy.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="does not match its checksum"):
+        run(replace(request_, checkpoint=copy))
 
 
-def test_greedy_takes_the_likeliest_token_and_stops_at_eos(model):
-    model.eval()
-    encoder = torch.randint(3, 90, (4, 12))
-    mask = torch.ones(4, 12, dtype=torch.bool)
-    mask[0, 7:] = False
-    tokens = greedy(model, encoder, encoder_mask=mask, max_tokens=8)
-    start = torch.zeros(4, 1, dtype=torch.int64)
-    forced = torch.cat([start, tokens[:, :-1]], 1)
-    best = model(encoder, forced, encoder_mask=mask).logits.argmax(-1)
-    for row in range(4):
-        ended = False
-        for place, token in enumerate(tokens[row].tolist()):
-            assert token == (0 if ended else best[row, place])
-            ended |= token == EOS_ID
+def test_data_of_another_tokenizer_is_refused(corpus, request_, copy):
+    with pytest.raises(
+        UserError, match=r"was made with another tokenizer .* than the checkpoint's"
+    ):
+        run(replace(request_, data=[str(corpus)]))
+    forget(copy, "tokenizer.model")
+    assert run(replace(request_, checkpoint=copy, data=[str(corpus)], samples=2)).total.samples
 
 
-def test_greedy_fills_finished_rows_with_padding(model):
-    model.eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.zero_()
-        model.decoder.final_norm.weight.fill_(1.0)
-        model.embedding.weight[0] = 1.0  # the start token, whose likeliest successor …
-        model.embedding.weight[EOS_ID] = 2.0  # … is then EOS
-    assert greedy(model, torch.full((2, 4), 5), max_tokens=6).tolist() == [[EOS_ID], [EOS_ID]]
+def test_ids_beyond_the_vocabulary_are_refused(request_, tmp_path):
+    from megaswitch.data.indexed import IndexedWriter
+
+    with IndexedWriter(tmp_path / "high", "<u2") as writer:
+        writer.add_document(range(3, 1003))
+    with pytest.raises(UserError, match="token id 1002, outside the model's vocabulary of 512"):
+        run(replace(request_, data=[f"{tmp_path}/high"]))
+
+
+def test_all_sources_that_cannot_be_opened_are_named(request_, tmp_path):
+    from megaswitch.data.indexed import IndexedWriter
+
+    for name in ("one", "two"):
+        with IndexedWriter(tmp_path / name, "<u2") as writer:
+            writer.add_document(range(3, 13))
+    with pytest.raises(UserError, match=r"one' has 10 tokens, fewer.*\n.*two' has 10 tokens"):
+        run(replace(request_, data=[f"{tmp_path}/one", f"{tmp_path}/two"]))

@@ -88,7 +88,8 @@ def test_hf_capacity_binds_without_a_cache_only():
         model = ref.ours_like(MODELS["switch-drops"](seed))
         tokens, _ = prompts("none", seed)
         with_cache, without = (
-            generate(model, tokens, max_tokens=TOKENS, cache=cache).scores for cache in (True, False)
+            generate(model, tokens, max_tokens=TOKENS, cache=cache).scores
+            for cache in (True, False)
         )
         differ += not torch.allclose(with_cache, without)
     assert differ

@@ -1,0 +1,260 @@
+"""`megaswitch inspect` of a token-file prefix. The index is mapped and read in pieces."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megaswitch.cli.show import histogram, print_fields, print_lines, size
+from megaswitch.data.indexed import TokenizerInfo, TokenStore, companion
+from megaswitch.data.loader import SpanCorruptionLoader
+from megaswitch.data.tokenizer import Tokenizer
+from megaswitch.files import sha256
+from megaswitch.log import UserError
+
+_DOCUMENTS = 1 << 20  # lengths in memory at a time
+_ID_BUDGET = 1 << 24  # tokens whose ids are looked at
+_SENTINELS = 100
+_ENCODER_LENGTH = 512  # T5's; its samples have 114 decoder positions
+# Duplicates are counted where that costs seconds.
+_CHEAP_TOKENS, _CHEAP_DOCUMENTS = 1 << 26, 1 << 20
+_SHOWN_DOCUMENTS, _SHOWN_TOKENS = 3, 60
+# The index: magic, version, type; the numbers of sequences and boundaries; then three arrays.
+_COUNT_AT, _ARRAYS_AT = 18, 34
+
+
+def data_report(
+    prefix: Path, *, tokenizer: Path | None, check_sums: bool, num_shown: int = _SHOWN_DOCUMENTS
+) -> dict[str, Any]:
+    """Everything that a pair of token files says of itself.
+
+    Args:
+        prefix: of the files.
+        tokenizer: with which the first documents are decoded.
+        check_sums: compare the `.bin` with its SHA-256 in the sidecar.
+        num_shown: documents to decode.
+
+    Raises:
+        UserError: the files are damaged or do not belong together, or to the tokenizer.
+    """
+    reader = _open_tokenizer(prefix, tokenizer) if tokenizer else None
+    store = TokenStore(prefix)
+    if check_sums:
+        _check_sum(store)
+    low, high = store.native.id_range(_ID_BUDGET) if store.num_tokens else (0, 0)
+    report = {
+        "kind": "data",
+        "path": str(prefix),
+        "documents": store.num_documents,
+        "sequences": int(np.memmap(companion(prefix, ".idx"), "<u8", "r", _COUNT_AT, (1,))[0]),
+        "tokens": store.num_tokens,
+        "dtype": store.dtype.name,
+        "bytes": {s: companion(prefix, s).stat().st_size for s in (".bin", ".idx")},
+        "verified": check_sums,
+        "sidecar": asdict(store.meta) if store.meta else None,
+        "ids": {"min": low, "max": high, "all_read": store.num_tokens <= _ID_BUDGET},
+        "lengths": _lengths(store),
+        "duplicates": _duplicates(store),
+        "training": _training(store, high),
+    }
+    if reader:
+        starts = range(min(num_shown, store.num_documents))
+        report["first_documents"] = [_text(store, i, reader) for i in starts]
+    return report
+
+
+def _open_tokenizer(prefix: Path, path: Path) -> Tokenizer:
+    tokenizer, meta = Tokenizer(path), TokenStore(prefix).meta
+    if meta and meta.tokenizer_sha256 != tokenizer.sha256:
+        raise UserError(
+            f"--tokenizer {path} (sha256 {tokenizer.sha256[:16]}…) did not make {prefix}; its "
+            f"sidecar names {meta.tokenizer_sha256[:16]}…. Give that file"
+        )
+    return tokenizer
+
+
+def _check_sum(store: TokenStore) -> None:
+    file = companion(store.prefix, ".bin")
+    if store.meta is None:
+        raise UserError(
+            f"{store.prefix} has no .meta.json, so there is no sum to compare {file} with; leave "
+            "out --verify, or preprocess the text again with `megaswitch preprocess`"
+        )
+    found = sha256(file)
+    if found != store.meta.content_sha256:
+        raise UserError(
+            f"{file} has the SHA-256 {found[:16]}…, and its sidecar says "
+            f"{store.meta.content_sha256[:16]}…: it has changed; copy or preprocess it again"
+        )
+
+
+def _text(store: TokenStore, index: int, tokenizer: Tokenizer) -> dict[str, Any]:
+    start, length = store.native.document(index)
+    shown = store.tokens(start, min(length, _SHOWN_TOKENS))
+    return {"tokens": length, "text": tokenizer.decode(shown.tolist()), "cut": length > len(shown)}
+
+
+def document_lengths(store: TokenStore) -> Iterator[NDArray[np.int64]]:
+    """Tokens of every document, in pieces of bounded size; the index was validated on opening."""
+    index = companion(store.prefix, ".idx")
+    sequences, boundaries = np.memmap(index, "<u8", "r", _COUNT_AT, (2,)).tolist()
+    if not sequences:
+        yield np.zeros(boundaries - 1, dtype=np.int64)
+        return
+    offsets = np.memmap(index, "<i8", "r", _ARRAYS_AT + 4 * sequences, (sequences,))
+    documents = np.memmap(index, "<i8", "r", _ARRAYS_AT + 12 * sequences, (boundaries,))
+    for start in range(0, boundaries - 1, _DOCUMENTS):
+        firsts = np.asarray(documents[start : start + _DOCUMENTS + 1])
+        begins = offsets[np.minimum(firsts, sequences - 1)] // store.dtype.itemsize
+        begins[firsts == sequences] = store.num_tokens
+        yield np.diff(begins)
+
+
+def quantile(pieces: Callable[[], Iterator[NDArray[np.int64]]], rank: int) -> int:
+    """The value at `rank` (from 0) in sorted order, exact, in constant memory.
+
+    Found 16 bits at a time, from the top, with a pass over the values for each.
+    """
+    value = 0
+    for shift in (32, 16, 0):
+        counts = np.zeros(1 << 16, dtype=np.int64)
+        for piece in pieces():
+            here = piece[piece >> (shift + 16) == value]
+            counts += np.bincount(here >> shift & 0xFFFF, minlength=1 << 16)
+        ends = np.cumsum(counts)
+        digit = int(np.searchsorted(ends, rank, side="right"))
+        rank -= int(ends[digit - 1]) if digit else 0
+        value = value << 16 | digit
+    return value
+
+
+def _lengths(store: TokenStore) -> dict[str, Any] | None:
+    """Tokens per document."""
+    documents = store.num_documents
+    if not documents:
+        return None
+    bins = np.zeros(64, dtype=np.int64)  # bin b holds lengths of b bits: [2^(b-1), 2^b)
+    empty, low, high = 0, np.iinfo(np.int64).max, 0
+    for piece in document_lengths(store):
+        empty += int((piece == 0).sum())
+        low, high = min(low, int(piece.min())), max(high, int(piece.max()))
+        bits = np.frexp(piece.astype(np.float64))[1]
+        bins += np.bincount(bits, minlength=64)
+    used = np.nonzero(bins)[0]
+    return {
+        "min": low,
+        "median": quantile(lambda: document_lengths(store), (documents - 1) // 2),
+        "mean": store.num_tokens / documents,
+        "p99": quantile(lambda: document_lengths(store), (documents - 1) * 99 // 100),
+        "max": high,
+        "empty": empty,
+        "histogram": [
+            {"from": int(2 ** (b - 1)) if b else 0, "below": int(2**b), "documents": int(bins[b])}
+            for b in range(int(used[0]), int(used[-1]) + 1)
+        ],
+    }
+
+
+def _duplicates(store: TokenStore) -> int | None:
+    """Documents equal to an earlier one that is not empty; None where counting is not cheap."""
+    if store.num_tokens > _CHEAP_TOKENS or store.num_documents > _CHEAP_DOCUMENTS:
+        return None
+    seen: set[bytes] = set()
+    repeated = 0
+    for index in range(store.num_documents):
+        tokens = store.document(index)
+        if not len(tokens):
+            continue
+        digest = hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
+        repeated += digest in seen
+        seen.add(digest)
+    return repeated
+
+
+def _training(store: TokenStore, highest: int) -> dict[str, Any]:
+    """Samples of T5's shape that an epoch has, or why there are none."""
+    # Without a sidecar the vocabulary is unknown: the samples can be counted, not fingerprinted.
+    stand_in = None if store.meta else TokenizerInfo("", highest + 1 + _SENTINELS, _SENTINELS)
+    sizes = store.meta or stand_in
+    assert sizes
+    try:
+        loader = SpanCorruptionLoader(
+            store.prefix,
+            seed=0,
+            vocab_size=sizes.vocab_size,
+            encoder_length=_ENCODER_LENGTH,
+            tokenizer=stand_in,
+        )
+    except UserError as error:
+        return {"samples": 0, "fingerprint": None, "problem": str(error)}
+    return {
+        "samples": loader.samples_per_epoch,
+        "encoder_length": loader.encoder_length,
+        "decoder_length": loader.decoder_length,
+        "tokens_per_sample": loader.tokens_per_sample,
+        "fingerprint": loader.fingerprint if store.meta else None,
+    }
+
+
+def print_data(report: dict[str, Any]) -> None:
+    """Show a report of `data_report` to people."""
+    files, ids, sidecar = report["bytes"], report["ids"], report["sidecar"]
+    lengths, duplicates = report["lengths"], report["duplicates"]
+    read = "" if ids["all_read"] else f" (of some {_ID_BUDGET:,} tokens)"
+    repeated = f"{duplicates:,}" if duplicates is not None else "not counted in a corpus this large"
+    print_fields(
+        f"Tokens {report['path']}",
+        [
+            ("documents", f"{report['documents']:,} in {report['sequences']:,} sequences"),
+            ("tokens", f"{report['tokens']:,} of type {report['dtype']}"),
+            ("files", f".bin {size(files['.bin'])}, .idx {size(files['.idx'])}"
+                      + ("; the sum of the .bin matches" if report["verified"] else "")),
+            ("ids", f"{ids['min']:,} to {ids['max']:,}{read}"),
+            ("tokenizer", _describe_sidecar(sidecar)),
+            ("content", sidecar and f"sha256 {sidecar['content_sha256'][:16]}…"),
+            ("training", _describe_training(report["training"])),
+            ("fingerprint", _describe_fingerprint(report["training"])),
+            ("empty documents", lengths and f"{lengths['empty']:,}"),
+            ("repeated documents", repeated),
+        ],
+    )  # fmt: skip
+    if lengths:
+        numbers = ", ".join(
+            f"{k} {lengths[k]:,.0f}" for k in ("min", "median", "mean", "p99", "max")
+        )
+        labels = [f"{b['from']:,} – {b['below'] - 1:,}" for b in lengths["histogram"]]
+        counts = [b["documents"] for b in lengths["histogram"]]
+        print_lines(f"Tokens per document: {numbers}", histogram(labels, counts))
+    for number, document in enumerate(report.get("first_documents", ()), 1):
+        text = document["text"] + (" …" if document["cut"] else "")
+        print_fields(f"Document {number}, {document['tokens']:,} tokens", [("", text)])
+
+
+def _describe_sidecar(sidecar: dict[str, Any] | None) -> str:
+    if sidecar is None:
+        return "unknown: there is no .meta.json"
+    return (
+        f"{sidecar['vocab_size']:,} ids, {sidecar['num_extra_ids']} of them sentinels, sha256 "
+        f"{sidecar['tokenizer_sha256'][:16]}…, made by {sidecar['created_by']}"
+    )
+
+
+def _describe_training(training: dict[str, Any]) -> str:
+    if "problem" in training:
+        return f"no sample of T5's shape: {training['problem']}"
+    return (
+        f"{training['samples']:,} samples an epoch of {training['tokens_per_sample']} tokens "
+        f"(encoder {training['encoder_length']}, decoder {training['decoder_length']})"
+    )
+
+
+def _describe_fingerprint(training: dict[str, Any]) -> str | None:
+    if training["fingerprint"] is None:
+        return None
+    return f"{training['fingerprint']} (at this shape and seed 0)"
