@@ -7,6 +7,7 @@ import platform
 import resource
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
@@ -104,10 +105,11 @@ def line(name: str, numbers: Mapping[str, float]) -> str:
 def record(script: str, results: dict[str, Any], output: Path | None) -> None:
     """Write results with what they were measured on."""
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     ).stdout.strip()
     content = {
         "script": script,
+        "command": " ".join(["python", *sys.argv]),
         "commit": commit,
         "torch": torch.__version__,
         "machine": f"{platform.machine()}, {_cpu()}, {torch.get_num_threads()} thread(s)",
