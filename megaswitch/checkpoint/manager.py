@@ -194,7 +194,7 @@ def _discard(path: Path) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first."""
-    found = (p for p in folder.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdigit())
+    found = (p for p in folder.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdecimal())
     return sorted((p for p in found if (p / "state.json").is_file()), key=lambda p: p.name)
 
 
@@ -225,10 +225,12 @@ def read_state(path: Path) -> dict[str, Any]:
         content = json.loads((path / "state.json").read_text())
         known = content["format"] == FORMAT
         if known:  # another format may hold anything else
-            for entry in content["files"].values():
-                int(entry["bytes"]), str(entry["sha256"])
-            TrainState(**content["state"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            values = [(e["bytes"], e["sha256"]) for e in content["files"].values()]
+            state = TrainState(**content["state"])
+            values += [(state.step, state.fingerprint), (state.samples, state.fingerprint)]
+            if any((type(number), type(text)) != (int, str) for number, text in values):
+                raise ValueError("a number or a text is none")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"checkpoint {path} has no readable state.json ({error!r}); use another checkpoint"
         ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
@@ -17,11 +17,16 @@ if TYPE_CHECKING:
 PATH = click.Path(path_type=Path)
 
 
+def on_terminal(stream: TextIO | None) -> bool:
+    """True where a person sits; standard streams that the caller closed are None."""
+    return stream is not None and stream.isatty()
+
+
 def stdout() -> Console:
     """A console for results: on rank 0 alone, and wide where no terminal limits it."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else 140
+    width = None if on_terminal(sys.stdout) else 140
     return Console(width=width, quiet=not is_rank_zero(), highlight=False)
 
 

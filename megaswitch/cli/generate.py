@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from megaswitch.cli.common import PATH, echo
+from megaswitch.cli.common import PATH, echo, on_terminal
 from megaswitch.log import UserError, console, info, is_rank_zero
 
 if TYPE_CHECKING:
@@ -79,24 +79,27 @@ def generate(
     from megaswitch.train.generate import Decoding
 
     decoding = Decoding(cache=not no_cache, **settings)
-    _check(batch_size, prompts, source, output)
-    talk = not prompts and source is None and sys.stdin.isatty()
+    _check(batch_size, prompts, source, output, raw=raw, as_json=as_json)
+    talk = not (prompts or source or output) and on_terminal(sys.stdin)
     texts = [] if talk else _read(prompts, source)
 
     import megaswitch
+    from megaswitch.data.prompts import check_prompts
     from megaswitch.parallel.mesh import Mesh
     from megaswitch.train.objectives import PRECISIONS
     from megaswitch.train.text import TextGenerator, checkpoint_tokenizer
 
     mesh = Mesh.start(device)
+    talk, texts = mesh.gather((talk, texts))[0]
     with mesh.together():
         pieces = checkpoint_tokenizer(checkpoint, tokenizer)
+        check_prompts(texts, pieces.num_extra_ids)
         model = megaswitch.load_model(checkpoint, device=str(mesh.device))
     writer = TextGenerator(model, pieces, decoding, PRECISIONS[precision])
     shown = _Shown(raw=raw, as_json=as_json)
     if talk:
         _talk(writer, shown, mesh)
-    elif len(texts) == 1 and shown.streams and writer.can_stream and output is None:
+    elif len(texts) == mesh.size == 1 and shown.streams and writer.can_stream and not output:
         shown.stream(writer, texts[0], 0)
     else:
         _write(_completions(writer, texts, batch_size, mesh), shown, output, len(texts))
@@ -104,7 +107,13 @@ def generate(
 
 
 def _check(
-    batch_size: int, prompts: tuple[str, ...], source: Path | None, output: Path | None
+    batch_size: int,
+    prompts: tuple[str, ...],
+    source: Path | None,
+    output: Path | None,
+    *,
+    raw: bool,
+    as_json: bool,
 ) -> None:
     """Refuse options that make no sense, before anything is loaded."""
     problems = []
@@ -114,6 +123,10 @@ def _check(
         problems.append(f"--input {source} and {len(prompts)} PROMPTS were given: choose one")
     if output and not output.absolute().parent.is_dir():
         problems.append(f"--output {output}: there is no folder {output.absolute().parent}")
+    elif output and output.exists() and not output.is_file():  # the file would take its place
+        problems.append(f"--output {output} is a folder or device: give a file, or leave it out")
+    if raw and as_json:
+        problems.append("--raw and --json: JSON lines hold both texts; leave --raw out")
     if problems:
         raise UserError("; ".join(problems))
 
@@ -124,7 +137,10 @@ def _read(prompts: tuple[str, ...], source: Path | None) -> list[str]:
     if prompts:
         return list(prompts)
     if source is None or str(source) == "-":
-        texts = parse_prompts(sys.stdin.buffer, "standard input", json_lines=False)
+        if not is_rank_zero():  # the ranks of a machine have one standard input between them
+            return []
+        lines = sys.stdin.buffer if sys.stdin else ()
+        texts = parse_prompts(lines, "standard input", json_lines=False)
     else:
         texts = read_prompts(source)
     if not texts:
@@ -151,7 +167,7 @@ class _Shown:
     def __init__(self, *, raw: bool, as_json: bool) -> None:
         self.raw = raw
         self.as_json = as_json
-        self.streams = sys.stdout.isatty() and is_rank_zero() and not as_json
+        self.streams = on_terminal(sys.stdout) and is_rank_zero() and not as_json
 
     def line(self, completion: Completion) -> str:
         """One line of output, so that answers and prompts stay side by side."""
@@ -160,7 +176,7 @@ class _Shown:
             record = {name: getattr(completion, name) for name in fields}
             return json.dumps(record, ensure_ascii=False)
         text = completion.output if self.raw else completion.text
-        return text.replace("\n", " ")
+        return " ".join(text.splitlines())
 
     def stream(self, writer: TextGenerator, prompt: str, index: int) -> None:
         """Print an answer as it grows."""
@@ -182,6 +198,8 @@ def _talk(writer: TextGenerator, shown: _Shown, mesh: Mesh) -> None:
     """Answer prompts as they are typed."""
     if mesh.size > 1:
         raise UserError("prompts cannot be typed into several processes: give --input FILE")
+    from megaswitch.data.prompts import check_prompts
+
     with suppress(ImportError):
         import readline  # noqa: F401  lets `input` edit the line and remember earlier ones
     info("one prompt a line, such as: The sea was <extra_id_0>. Ctrl-D ends.")
@@ -191,6 +209,11 @@ def _talk(writer: TextGenerator, shown: _Shown, mesh: Mesh) -> None:
         except EOFError:
             return
         if not prompt.strip():
+            continue
+        try:
+            check_prompts([prompt], writer.tokenizer.num_extra_ids)
+        except UserError as error:
+            info(f"error: {error}")
             continue
         if shown.streams and writer.can_stream:
             shown.stream(writer, prompt, index)
@@ -204,7 +227,7 @@ def _write(
     """Print the answers, or put them into a file that appears when it is whole."""
     from rich.progress import track
 
-    if output is None and sys.stdout.isatty():
+    if output is None and on_terminal(sys.stdout):
         for completion in completions:
             echo(shown.line(completion))
         return

@@ -48,7 +48,8 @@ def inspect_command(
     """Say what a checkpoint, a run, token files or a tokenizer hold.
 
     PATH is a checkpoint, a run folder, the prefix of token files (or its .bin or .idx), or a
-    SentencePiece model. Only headers and small files are read, unless an option asks for more.
+    SentencePiece model. Of a checkpoint only headers and small files are read, unless an option
+    asks for more; of token files the index, and tokens for some seconds.
 
     \b
     Examples:
@@ -120,9 +121,9 @@ def find_kind(path: Path) -> tuple[Path, Kind]:
     if path.is_dir():
         return _kind_of_folder(path)
     for suffix in (".bin", ".idx", ".meta.json"):
-        prefix = path.with_name(path.name.removesuffix(suffix))
+        prefix = path.with_name(path.name.removesuffix(suffix) or path.name)
         index = prefix.with_name(f"{prefix.name}.idx")
-        if path.name.endswith(suffix) and (index.exists() or suffix == ".idx"):
+        if path.name not in (suffix, prefix.name) and (index.exists() or suffix == ".idx"):
             return prefix, "data"
     if any(path.with_name(path.name + suffix).exists() for suffix in (".bin", ".idx")):
         return path, "data"
@@ -146,9 +147,10 @@ def _kind_of_folder(path: Path) -> tuple[Path, Kind]:
         return path, "checkpoint"
     if (path / "checkpoints").is_dir() or (path / "metrics.jsonl").exists():
         return path, "run"
-    steps = [p for p in path.glob("step_*") if (p / "state.json").exists()]
-    if steps:
-        return max(steps, key=lambda p: p.name), "checkpoint"
+    from megaswitch.checkpoint.manager import checkpoints
+
+    if steps := checkpoints(path):
+        return steps[-1], "checkpoint"
     if any(path.glob("*.safetensors")):
         what = (
             "it holds tensors but no state.json: a checkpoint copied in part, or another program's"

@@ -171,26 +171,33 @@ def _describe_speed(speed: dict[str, float] | None) -> str:
 
 def _print_losses(report: dict[str, Any]) -> None:
     latest, valid = report["latest"], report["latest_validation"]
+
+    def figure(of: dict[str, Any], key: str, form: str) -> str:
+        return form.format(of[key]) if key in of else "–"
+
     if latest:
+        rows = [
+            ("loss", "loss", "{:.4f}"),
+            ("accuracy", "accuracy", "{:.1%}"),
+            ("learning rate", "learning_rate", "{:.3g}"),
+            ("gradient norm", "grad_norm", "{:.3g}"),
+        ]
         print_fields(
             f"Latest training metrics, step {latest['step']:,}",
-            [
-                ("loss", f"{latest['loss']:.4f}"),
-                ("accuracy", f"{latest['accuracy']:.1%}"),
-                ("learning rate", f"{latest['learning_rate']:.3g}"),
-                ("gradient norm", f"{latest['grad_norm']:.3g}"),
-            ],
+            [(name, figure(latest, key, form)) for name, key, form in rows],
         )
     if valid:
+        rows = [
+            ("loss", "loss", "{:.4f}"),
+            ("perplexity", "perplexity", "{:.1f}"),
+            ("accuracy", "accuracy", "{:.1%}"),
+            ("text tokens' loss", "content_loss", "{:.4f}"),
+            ("their unigram entropy", "content_unigram_entropy", "{:.4f}"),
+        ]
         print_fields(
             f"Latest validation, step {valid['step']:,}",
-            [
-                ("loss", f"{valid['valid/loss']:.4f}, perplexity {valid['valid/perplexity']:.1f}, "
-                         f"accuracy {valid['valid/accuracy']:.1%}"),
-                ("text tokens", f"{valid['valid/content_loss']:.4f}; knowing only how frequent they"
-                                f" are gives {valid['valid/content_unigram_entropy']:.4f}"),
-            ],
-        )  # fmt: skip
+            [(name, figure(valid, f"valid/{key}", form)) for name, key, form in rows],
+        )
     lines = curve(report["loss"]["steps"], report["loss"]["values"])
     if lines:
         print_lines("Training loss", lines)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megaswitch.data.text_files import check_inputs, is_json_lines, read_lines
 from megaswitch.log import UserError
 
-_BLANK = re.compile(r"<extra_id_(\d+)>")
+_BLANK = re.compile(r"<extra_id_(\d{1,6})>")  # as `Tokenizer.encode` reads them
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -56,6 +56,27 @@ def _of_record(line: str) -> str:
             if isinstance(record.get(field), str):
                 return str(record[field])
     raise ValueError("no string under 'inputs' or 'text'")
+
+
+def check_prompts(prompts: Sequence[str], num_sentinels: int) -> None:
+    """Refuse prompts that a tokenizer of so many sentinels cannot read.
+
+    Raises:
+        UserError: naming the first few of them.
+    """
+    problems: list[str] = []
+    for number, prompt in enumerate(prompts, 1):
+        beyond = [m[0] for m in _BLANK.finditer(prompt) if int(m[1]) >= num_sentinels]
+        if beyond:
+            problems.append(
+                f"prompt {number} has the blank {beyond[0]}, and the tokenizer's end at "
+                f"<extra_id_{num_sentinels - 1}>; number blanks from 0 in each prompt"
+            )
+        elif any("\ud800" <= character <= "\udfff" for character in prompt):
+            problems.append(f"prompt {number} is not UTF-8 text; convert or mend it")
+    if problems:
+        more = f" (and {len(problems) - 3:,} more)" if len(problems) > 3 else ""
+        raise UserError("; ".join(problems[:3]) + more)
 
 
 def has_blanks(prompt: str) -> bool:

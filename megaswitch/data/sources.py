@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -178,7 +179,10 @@ class _Parts:
         if self.by is None:
             return file.name
         self.labelled |= document.label is not None
-        value = f"(no {self.by})" if document.label is None else document.label
+        value = nameless = f"(no {self.by})"
+        if document.label is not None:  # one like a name of ours is told apart by quotes
+            ours = document.label in (_OTHERS, nameless)
+            value = json.dumps(document.label) if ours else document.label
         return f"{file.name}/{value}" if file.named else value
 
     def settled(self, least_tokens: int) -> dict[str, _Part]:

@@ -26,6 +26,7 @@ _MAX_SENTENCE_CHARACTERS = 1_000
 _TRAINING_SENTENCES = 10_000_000  # drawn from larger corpora; T5 used as many
 _TRAINING_SEED = 1
 _CONTROL_AND_BYTES = 3 + 256  # ids that every tokenizer has: pad, EOS, unknown; a piece per byte
+_MAX_MODEL_BYTES = 1 << 28  # those of a million pieces have 25 MB
 # SentencePiece's own limits; beyond them it speaks of lines of its source.
 _MIN_COVERAGE = 0.98
 _MAX_THREADS = 1024
@@ -179,7 +180,8 @@ class Tokenizer:
     def __init__(self, path: str | Path, num_extra_ids: int = 100) -> None:
         self.path = Path(path)
         try:
-            content = self.path.read_bytes()
+            with self.path.open("rb") as file:
+                content = file.read(_MAX_MODEL_BYTES + 1)
         except OSError as error:
             raise UserError(
                 f"cannot read the tokenizer '{path}': {error.strerror}. Give the path of a "
@@ -187,6 +189,8 @@ class Tokenizer:
             ) from error
         self._model = sentencepiece.SentencePieceProcessor()
         try:
+            if len(content) > _MAX_MODEL_BYTES:
+                raise RuntimeError("the file is too large")
             self._model.LoadFromSerializedProto(content)
         except (RuntimeError, UnicodeDecodeError) as error:  # its messages quote the damaged bytes
             raise UserError(

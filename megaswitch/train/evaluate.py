@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from megaswitch.checkpoint.manager import (
     find_checkpoint,
@@ -62,7 +63,11 @@ class Request:
     seed: int | None = None
 
     def applied(self, config: RunConfig) -> RunConfig:
-        """The checkpoint's configuration with what is asked for otherwise."""
+        """The checkpoint's configuration with what is asked for otherwise.
+
+        Raises:
+            UserError: naming the values that no configuration may have.
+        """
         shape = {
             key: value
             for key in ("encoder_length", "noise_density", "mean_span_length")
@@ -73,9 +78,13 @@ class Request:
         train = {
             key: value for key in ("precision", "seed") if (value := getattr(self, key)) is not None
         }
-        return replace(
-            config, data=replace(config.data, **shape), train=replace(config.train, **train)
-        )
+        try:
+            return replace(
+                config, data=replace(config.data, **shape), train=replace(config.train, **train)
+            )
+        except ValidationError as error:
+            wrong = (f"{d['loc'][0]} is {d['input']!r}: {d['msg']}" for d in error.errors())
+            raise UserError(f"{'; '.join(wrong)}. Give another value, or none") from error
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from megaswitch.model.switch_transformer import SwitchTransformer
 
 # The score of what must never be chosen; finite, so that sums and products of it stay numbers.
 _NEVER = -1e9
+# Tokens or beams; beyond, memory is gone before it is known to be too little.
+_MOST = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,20 @@ class Decoding:
     def __post_init__(self) -> None:
         sampled = self.temperature > 0
         rules = (
-            (self.max_tokens >= 1, f"max_tokens is {self.max_tokens}: it must be at least 1"),
-            (self.beams >= 1, f"beams is {self.beams}: it must be at least 1"),
             (
-                math.isfinite(self.temperature) and self.temperature >= 0,
-                f"temperature is {self.temperature}: it must be 0 (no sampling) or positive",
+                1 <= self.max_tokens <= _MOST,
+                f"max_tokens is {self.max_tokens}: it must be 1 to {_MOST:,}",
             ),
-            (math.isfinite(self.length_penalty), "length_penalty must be a number"),
+            (1 <= self.beams <= _MOST, f"beams is {self.beams}: it must be 1 to {_MOST:,}"),
+            (
+                math.isfinite(self.temperature)
+                and (self.temperature == 0 or self.temperature >= 1e-4),
+                f"temperature is {self.temperature}: it must be 0 (no sampling) or at least 0.0001",
+            ),
+            (
+                abs(self.length_penalty) <= 4,  # beyond, powers of long lengths leave fp32
+                f"length_penalty is {self.length_penalty}: it must lie in [-4, 4]",
+            ),
             (self.top_k is None or self.top_k >= 1, f"top_k is {self.top_k}: at least 1 is needed"),
             (self.top_p is None or 0 < self.top_p <= 1, f"top_p is {self.top_p}: use (0, 1]"),
             (
@@ -180,11 +189,20 @@ def _steps(
         else:
             tokens = logits.argmax(-1)
         chosen = torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0]
+        _check_finite(chosen)
         tokens = tokens.masked_fill(finished, PAD_ID)
         yield tokens, chosen.masked_fill(finished, 0.0)
         finished = finished | (tokens == EOS_ID)
         if finished.all():
             return
+
+
+def _check_finite(log_probabilities: Tensor) -> None:
+    if not torch.isfinite(log_probabilities).all():
+        raise UserError(
+            "the model's logits are NaN or infinite: look for damaged weights with `megaswitch "
+            "inspect CHECKPOINT --stats`, and if it ran in bf16, try fp32"
+        )
 
 
 def _draw(logits: Tensor, noise: Noise, decoding: Decoding) -> Tensor:
@@ -198,7 +216,7 @@ def _draw(logits: Tensor, noise: Noise, decoding: Decoding) -> Tensor:
         probabilities = probabilities * (before < decoding.top_p)
     up_to = probabilities.double().cumsum(-1)
     draw = noise.uniform("generate", (len(logits), 1)).double() * up_to[:, -1:]
-    place = torch.searchsorted(up_to, draw, right=True)
+    place = torch.searchsorted(up_to, draw, right=True).clamp(max=order.shape[1] - 1)
     return order.gather(1, place)[:, 0]
 
 
@@ -227,6 +245,7 @@ def _search(
         totals, index = (
             (log_p.view(rows, beams, vocab) + scores[..., None]).flatten(1).topk(2 * beams)
         )
+        _check_finite(totals[:, 0])  # NaN counts as the largest
         parent, token = index // vocab, index % vocab
         texts = _take(live, parent)
         texts[:, :, position] = token

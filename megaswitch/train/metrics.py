@@ -244,8 +244,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             entry = json.loads(line)
-            int(entry["step"])
-        except (ValueError, KeyError, TypeError):
+            if type(entry["step"]) is not int:
+                raise ValueError
+        except (ValueError, KeyError, TypeError, RecursionError):
             warn(f"line {number} of {path} is damaged and was left out")
         else:
             metrics.append(entry)

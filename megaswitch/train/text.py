@@ -16,6 +16,9 @@ from megaswitch.data.tokenizer import Tokenizer
 from megaswitch.log import UserError
 from megaswitch.model.switch_transformer import SwitchTransformer
 from megaswitch.train.generate import Decoding, generate, stream
+from megaswitch.train.memory import enough_memory
+
+_REMEDY = "use a smaller --max-tokens, --beams or --batch-size, or shorter prompts"
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def checkpoint_tokenizer(path: Path, given: Path | None) -> Tokenizer:
     """The tokenizer of the checkpoint or run `path`, or the one `given` instead.
 
     Raises:
-        UserError: there is none, or its vocabulary is larger than the model's.
+        UserError: there is none, or it is not the model's.
     """
     checkpoint = find_checkpoint(path)
     kept = checkpoint / "tokenizer.model"
@@ -57,6 +60,12 @@ def checkpoint_tokenizer(path: Path, given: Path | None) -> Tokenizer:
         raise UserError(
             f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids and the model of "
             f"{checkpoint} {vocab_size}: give the tokenizer that it was trained with"
+        )
+    if kept.is_file() and (own := Tokenizer(kept).sha256) != tokenizer.sha256:
+        raise UserError(
+            f"the tokenizer {tokenizer.path} (sha256 {tokenizer.sha256[:12]}…) is not the one that "
+            f"the model of {checkpoint} was trained with ({own[:12]}…), so its ids mean other text "
+            "to the model: leave --tokenizer out"
         )
     return tokenizer
 
@@ -88,7 +97,7 @@ class TextGenerator:
     def complete(self, prompts: Sequence[str], first: int = 0) -> list[Completion]:
         """Answer a batch of prompts; `first` is the first one's number, which decides its draws."""
         tokens, mask = self._encode(prompts)
-        with self._autocast():
+        with self._autocast(), enough_memory(_REMEDY):
             result = generate(
                 self.model,
                 tokens,
@@ -106,7 +115,7 @@ class TextGenerator:
         """The growing output to prompt number `index`, whole each time; no beams."""
         tokens, mask = self._encode([prompt])
         row: list[int] = []
-        with self._autocast():
+        with self._autocast(), enough_memory(_REMEDY):
             for step in stream(
                 self.model,
                 tokens,

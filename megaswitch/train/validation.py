@@ -19,9 +19,9 @@ from megaswitch.data.indexed import TokenizerInfo
 from megaswitch.data.loader import SpanCorruptionLoader
 from megaswitch.data.span_corruption import EOS_ID, Seq2SeqBatch
 from megaswitch.layers.vocab import token_losses
-from megaswitch.log import UserError
 from megaswitch.model.switch_transformer import SwitchOutput, SwitchTransformer
 from megaswitch.parallel.mesh import Mesh
+from megaswitch.train.memory import enough_memory
 from megaswitch.train.metrics import LayerLoad, LossMeter, RouterMeter, router_metrics
 from megaswitch.train.objectives import forward
 
@@ -191,13 +191,9 @@ def _add(
     device: torch.device,
     precision: torch.dtype,
 ) -> None:
-    try:
+    with enough_memory(f"{len(rows)} samples are too many for {device}; use a smaller batch"):
         output, batch, masks = forward(model, source.loader.batch(rows), device, precision)
         tally.add(output, batch, source.is_text(batch), masks)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{device} has not enough memory for a batch of {len(rows)} samples; use smaller ones"
-        ) from error
 
 
 def _entropy(counts: Tensor) -> float:

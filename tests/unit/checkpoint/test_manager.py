@@ -86,7 +86,8 @@ def test_damaged_tensors_are_refused(trainer, damage, message):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{", '{"format": 1}', '{"format": 99, "files": {}, "state": {}}']
+    "text",
+    ["", "[]", "{", "[" * 100_000, '{"format": 1}', '{"format": 99, "files": {}, "state": {}}'],
 )
 def test_a_damaged_state_file_is_refused(trainer, text):
     trainer.fit()
@@ -94,6 +95,27 @@ def test_a_damaged_state_file_is_refused(trainer, text):
     (path / "state.json").write_text(text)
     with pytest.raises(UserError, match=r"state\.json|format"):
         megaswitch.load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("files", "bytes", "1"),
+        ("files", "bytes", float("inf")),
+        ("files", "sha256", 1),
+        ("state", "step", "x"),
+        ("state", "samples", None),
+        ("state", "fingerprint", 1),
+    ],
+)
+def test_a_state_file_of_other_types_is_refused(trainer, section, key, value):
+    trainer.fit()
+    path = find_checkpoint(trainer.checkpoints.folder)
+    state = json.loads((path / "state.json").read_text())
+    (state["files"]["config.toml"] if section == "files" else state["state"])[key] = value
+    (path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"no readable state\.json"):
+        verify(path)
 
 
 def test_a_recorded_name_never_leads_out_of_the_folder(trainer, tmp_path):

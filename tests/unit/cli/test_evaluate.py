@@ -120,3 +120,5 @@ def test_bad_input_is_refused(command, text_run, tmp_path, corpus):
     message = refused(command(f"{text_run}/texts.jsonl", "--by", "nothing"))
     assert "no document has a value in the field 'nothing'" in message
     assert command(f"{text_run}/valid", "--samples", 0)[0] == 2
+    message = refused(command(f"{text_run}/valid", "--mean-span-length", "nan"))
+    assert "mean_span_length is nan" in message

@@ -103,6 +103,30 @@ def test_ranks_share_the_work_and_one_prints(run, generate):
     assert done.stdout.splitlines() == expected
 
 
+def test_ranks_share_one_standard_input_and_one_prompt(run, generate):
+    """Also where rank 0 could stream to a terminal, and with fewer prompts than ranks."""
+    (expected,) = generate(PROMPTS[2])
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
+         "megaswitch", "generate", str(run), "--max-tokens", "12"],
+        stdin=subprocess.PIPE, stdout=follower, stderr=subprocess.PIPE, env=ENVIRONMENT,
+    )  # fmt: skip
+    os.close(follower)
+    process.stdin.write(PROMPTS[2].encode())
+    process.stdin.close()
+    shown = _converse(leader, b"")
+    assert process.wait(60) == 0
+    assert _letters(expected) == _letters(shown)
+
+
+def test_closed_standard_streams_are_no_crash(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "holds no prompt" in refusal("generate", run)
+    monkeypatch.setattr(sys, "stdout", None)
+    run_command("generate", run, "--max-tokens", 2, "x")
+
+
 def test_a_terminal_gets_the_answer_as_it_grows(run, generate):
     """One prompt on the command line, then a conversation, on a pseudo-terminal."""
     (expected,) = generate("no blank here")
@@ -153,10 +177,21 @@ def _converse(leader, typed: bytes) -> str:
         (["--input", "nowhere.txt"], "1 PROMPTS were given"),
         (["--output", "/nowhere/answers.txt"], "there is no folder /nowhere"),
         (["--tokenizer", "nowhere.model"], "cannot read the tokenizer"),
+        (["--output", "/dev/null"], "is a folder or device"),
+        (["--output", "/tmp"], "is a folder or device"),
+        (["--raw", "--json"], "leave --raw out"),
+        (["--max-tokens", 1 << 20, "--beams", 1 << 20], "not enough memory"),
+        (["a <extra_id_100> b"], "prompt 1 has the blank <extra_id_100>"),
+        (["a\udcff"], "prompt 1 is not UTF-8"),
     ],
 )
 def test_bad_options_are_refused(run, arguments, words):
     assert words in refusal("generate", run, *arguments, "prompt")
+
+
+def test_a_blank_of_thousands_of_digits_is_text(generate):
+    blank = f"<extra_id_{'9' * 5000}>"
+    assert len(generate(blank)) == 1
 
 
 def test_bad_prompts_are_refused(run, tmp_path, monkeypatch):
@@ -177,3 +212,5 @@ def test_a_missing_checkpoint_and_another_vocabulary_are_refused(run, tmp_path):
     other = tmp_path / "other.model"
     train_tokenizer([text], other, vocab_size=410, character_coverage=1.0, threads=1)
     assert "410 ids" in refusal("generate", run, "--tokenizer", other, "x")
+    train_tokenizer([text], other, vocab_size=390, character_coverage=1.0, threads=1)
+    assert "leave --tokenizer out" in refusal("generate", run, "--tokenizer", other, "x")

@@ -33,12 +33,19 @@ def test_a_tokenizer(text_run, capsys):
         ("a.jsonl", "`megaswitch preprocess` makes token files"),
         ("a.model", "not a SentencePiece model"),
         ("a", "not a SentencePiece model"),
+        (".bin", "not a SentencePiece model"),
     ],
 )
 def test_what_is_none_of_them_is_explained(tmp_path, name, words):
     if name != "nothing":
         (tmp_path / name).write_bytes(b"\xff\x00 whatever")
     assert words in refusal("inspect", tmp_path / name)
+
+
+def test_a_huge_file_is_not_read_whole(tmp_path):
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(1 << 33)
+    assert "not a SentencePiece model" in refusal("inspect", tmp_path / "sparse")
 
 
 def test_tensors_alone_are_no_checkpoint(tmp_path):

@@ -278,6 +278,7 @@ def test_a_strange_state_is_explained(checkpoint, content, words):
 def test_a_half_written_checkpoint_is_explained(checkpoint):
     unfinished = checkpoint.rename(checkpoint.with_name("step_00000004.unfinished"))
     assert "never finished" in refusal("inspect", unfinished)
+    assert "holds neither state.json" in refusal("inspect", unfinished.parent)
 
 
 def test_a_folder_of_checkpoints_means_the_newest(text_run, capsys):

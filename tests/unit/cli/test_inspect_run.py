@@ -134,6 +134,15 @@ def test_infinities_are_no_json(run_copy, capsys):
     printed(capsys, "inspect", run_copy)
 
 
+@pytest.mark.parametrize("line", ['{"step": Infinity}', '{"step": "2"}', "[" * 100_000])
+def test_a_spoilt_line_of_metrics_is_left_out(run_copy, capsys, line):
+    path = run_copy / "metrics.jsonl"
+    before = report(capsys, "inspect", run_copy)["loss"]
+    with path.open("a") as file:
+        file.write(line + "\n")
+    assert report(capsys, "inspect", run_copy)["loss"] == before
+
+
 def test_a_foreign_folder_is_explained(tmp_path):
     assert "neither state.json" in refusal("inspect", tmp_path)
     (tmp_path / "checkpoints").mkdir()

@@ -125,6 +125,17 @@ def test_values_too_rare_to_stand_alone_share_a_source(tmp_path, tokenizer, caps
     assert "2 of 5 values of 'lang'" in capsys.readouterr().err
 
 
+def test_values_called_like_our_names_are_kept_apart(tmp_path, tokenizer):
+    sizes = {"(other)": 50, "(no lang)": 40, None: 30, "d": 3, "e": 3}
+    path = write(
+        tmp_path / "x.jsonl",
+        [{"text": " ".join(["bada"] * size), "lang": lang} for lang, size in sizes.items()],
+    )
+    made = split(tmp_path, tokenizer, [path], least_tokens=10)
+    assert list(made) == ['"(no lang)"', '"(other)"', "(no lang)", "(other)"]
+    assert [TokenStore(s.prefix).num_documents for s in made.values()] == [1, 1, 1, 2]
+
+
 def test_values_too_rare_even_together_are_left_out_aloud(tmp_path, tokenizer, capsys):
     path = write(
         tmp_path / "x.jsonl",

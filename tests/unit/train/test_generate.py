@@ -233,6 +233,9 @@ def test_almost_no_temperature_is_greedy():
         ({"top_k": 5}, ["set a temperature"]),
         ({"temperature": 1.0, "top_k": 0, "top_p": 1.5}, ["top_k is 0", "top_p is 1.5"]),
         ({"temperature": float("nan")}, ["temperature is nan"]),
+        ({"temperature": 1e-300}, ["at least 0.0001"]),
+        ({"beams": 2, "length_penalty": 1000.0}, ["length_penalty is 1000.0"]),
+        ({"max_tokens": 1 << 70}, ["max_tokens is"]),
         ({"temperature": 1.0, "beams": 2}, ["beams are not sampled"]),
         ({"length_penalty": 2.0}, ["are of beam search"]),
     ],
@@ -247,3 +250,12 @@ def test_senseless_settings_are_refused_all_at_once(settings, words):
 def test_beams_cannot_be_streamed():
     with pytest.raises(UserError, match="cannot be streamed"):
         stream(switch_model(), torch.tensor([[5]]), beams=2)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}, {"beams": 2}], ids=str)
+def test_damaged_weights_are_named(settings):
+    model = switch_model()
+    with torch.no_grad():
+        model.decoder.final_norm.weight[0] = float("nan")
+    with pytest.raises(UserError, match="NaN or infinite"):
+        generate(model, torch.tensor([[5, 6]]), **settings)

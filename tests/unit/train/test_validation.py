@@ -151,7 +151,7 @@ def test_a_full_device_is_said_in_words(config, model, monkeypatch):
 
     monkeypatch.setattr(model, "forward", fail)
     source = Validation(build_loader(config, "valid"), samples=4, micro_batch_size=4)
-    with pytest.raises(UserError, match="not enough memory for a batch of 4 samples"):
+    with pytest.raises(UserError, match="not enough memory: 4 samples are too many"):
         source.run(model, Mesh.start("cpu"), torch.float32)
 
 
