@@ -73,11 +73,13 @@ def test_models_are_compared_seed_by_seed(report):
     )
 
 
-def test_all_models_are_accepted_and_differ_in_experts_and_rate_alone(study):
-    plan = study.Study(Path("corpus.txt"), Path("runs/study"), steps=1500)
+@pytest.mark.parametrize("task", ["T5_SPANS", "LONG_SPANS"])
+def test_all_models_are_accepted_and_differ_in_experts_and_rate_alone(study, task):
+    task = getattr(study, task)
+    plan = study.Study(Path("corpus.txt"), Path("runs/study"), 1500, task)
     configs = {
         m.name: load_config(FOLDER / "study.toml", plan.overrides(m, m.rate, seed=1))
-        for m in study.MODELS
+        for m in task.models
     }
     dense = configs.pop("dense")
     assert dense.model.moe.num_experts == 0
@@ -92,6 +94,7 @@ def test_all_models_are_accepted_and_differ_in_experts_and_rate_alone(study):
         assert rest <= allowed | (set() if experts else {"model.d_ff"})
 
 
-def test_the_readme_holds_the_table_of_the_results(report):
-    models = json.loads((FOLDER / "results.json").read_text(encoding="utf-8"))["models"]
+@pytest.mark.parametrize("name", ["results.json", "results-long-spans.json"])
+def test_the_readme_holds_the_table_of_the_results(report, name):
+    models = json.loads((FOLDER / name).read_text(encoding="utf-8"))["models"]
     assert report.table(models) in (FOLDER / "README.md").read_text(encoding="utf-8")

@@ -31,29 +31,45 @@ class Model:
     overrides: tuple[str, ...]
     rate: float = 0.06
     seeds: tuple[int, ...] = (1, 2, 3)
+    sparse: bool = False
 
 
 def switch(num_experts: int, **other: Any) -> Model:
     """The dense model with experts in every second layer; a batch is one routing group."""
-    moe = (f"--model.moe.num_experts={num_experts}", "--model.moe.group_size=4096")
-    return Model(f"{num_experts} experts", ("--model.preset=switch-tiny", *moe), **other)
+    experts = ("--model.preset=switch-tiny", f"--model.moe.num_experts={num_experts}")
+    return Model(f"{num_experts} experts", experts, sparse=True, **other)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be learned from the text, and who competes.
+
+    `group_size` makes a batch of 32 rows one routing group; `suffix` ends the names of files.
+    """
+
+    suffix: str
+    overrides: tuple[str, ...]
+    group_size: int
+    models: tuple[Model, ...]
 
 
 DENSE = Model("dense", ())
-# The last only gives a direction. It has the parameters of 8 experts and uses all.
-MODELS = (
-    *(DENSE, switch(8), switch(32)),
-    Model("wide dense", ("--model.d_ff=1024",), seeds=(1,)),
-)
+# Only gives a direction: about the parameters of 8 experts, all used by every token.
+WIDE = Model("wide dense", ("--model.d_ff=1024",), seeds=(1,))
+T5_SPANS = Task("", (), 4096, (DENSE, switch(8), switch(32), WIDE))
+# Half of the text is hidden, so a step of about the same cost has nearly three times the targets.
+HALF = ("--data.noise_density=0.5", "--data.mean_span_length=16", "--data.encoder_length=80")
+LONG_SPANS = Task("-long-spans", HALF, 2560, (DENSE, switch(8)))
 
 
 @dataclass(frozen=True)
 class Study:
-    """A corpus, the folder of its tokens and runs, and the length of a run."""
+    """A corpus, the folder of its tokens and runs, the length of a run, and its task."""
 
     corpus: Path
     folder: Path
     steps: int
+    task: Task
 
     def prepare(self) -> None:
         """Train the tokenizer and make the token files, if that is not done."""
@@ -67,7 +83,7 @@ class Study:
 
     def run_dir(self, model: Model, rate: float, seed: int) -> Path:
         """Where a run is kept."""
-        name = f"{model.name}-rate{rate}-seed{seed}-steps{self.steps}"
+        name = f"{model.name}-rate{rate}-seed{seed}-steps{self.steps}{self.task.suffix}"
         return self.folder / name.replace(" ", "-")
 
     def overrides(self, model: Model, rate: float, seed: int) -> list[str]:
@@ -81,7 +97,10 @@ class Study:
             "train.steps": self.steps,
             "train.seed": seed,
         }
-        return [*model.overrides, *(f"--{key}={value}" for key, value in settings.items())]
+        if model.sparse:
+            settings["model.moe.group_size"] = self.task.group_size
+        words = (f"--{key}={value}" for key, value in settings.items())
+        return [*model.overrides, *self.task.overrides, *words]
 
     def train(self, model: Model, rate: float, seed: int) -> list[dict[str, Any]]:
         """The metrics of one run, which is trained first if it is not finished."""
@@ -100,7 +119,7 @@ def megaswitch(*words: str) -> None:
 
 def sweep(study: Study) -> None:
     """Print the held-out loss at each learning rate, with a seed not used elsewhere."""
-    models = [model for model in MODELS if len(model.seeds) > 1]
+    models = [model for model in study.task.models if len(model.seeds) > 1]
     losses = {
         model.name: [curve(study.train(model, rate, seed=0), "valid/loss")[-1][1] for rate in SWEEP]
         for model in models
@@ -111,17 +130,19 @@ def sweep(study: Study) -> None:
 
 
 def compare(study: Study) -> None:
-    """Train each model with its seeds; write results.json and curves.png, print the table."""
-    runs = {m: {seed: study.train(m, m.rate, seed) for seed in m.seeds} for m in MODELS}
+    """Train each model with its seeds; write the results and the curves, print the table."""
+    runs = {m: {seed: study.train(m, m.rate, seed) for seed in m.seeds} for m in study.task.models}
     results = {
         m.name: {"rate": m.rate, "seeds": m.seeds}
         | summarize(list(of_seed.values()), [runs[DENSE][seed] for seed in of_seed])
         for m, of_seed in runs.items()
     }
     record = {"corpus": study.corpus.name, "steps": study.steps, "models": results}
-    (study.folder / "results.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
-    draw(results, study.folder / "curves.png")
-    print(f"\n{table(results)}\n\nresults.json and curves.png are in {study.folder}")
+    names = (f"results{study.task.suffix}.json", f"curves{study.task.suffix}.png")
+    path, picture = (study.folder / name for name in names)
+    path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    draw(results, picture)
+    print(f"\n{table(results)}\n\n{path}\n{picture}")
 
 
 def main() -> None:
@@ -133,10 +154,12 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=runs, help="folder of tokens and runs")
     parser.add_argument("--steps", type=int, default=1000, help="of each run")
     parser.add_argument("--sweep", action="store_true", help="compare learning rates instead")
+    parser.add_argument("--long-spans", action="store_true", help="hide half, in spans of 16")
     options = parser.parse_args()
     folder = options.runs / options.corpus.name.split(".")[0]
     folder.mkdir(parents=True, exist_ok=True)
-    study = Study(options.corpus, folder, options.steps)
+    task = LONG_SPANS if options.long_spans else T5_SPANS
+    study = Study(options.corpus, folder, options.steps, task)
     study.prepare()
     if options.sweep:
         sweep(study)
