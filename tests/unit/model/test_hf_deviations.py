@@ -37,13 +37,15 @@ def layers(**moe: Any) -> tuple[SwitchTransformersSparseMLP, SwitchFFN]:
     )
     config = ModelConfig(**shape, moe=MoEConfig(num_experts=EXPERTS, min_capacity=0, **moe))
     ours = SwitchFFN(config, "layer")
+    # With other draws, experts this small may give zero to a token that they took.
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         hf.router.classifier.weight.copy_(10 * torch.eye(EXPERTS))
         ours.router.weight.copy_(10 * torch.eye(EXPERTS))
         for expert in range(EXPERTS):
             for name in ("wi", "wo"):
                 matrix = ours.experts.get_submodule(name).weight[expert]
-                nn.init.normal_(matrix)
+                nn.init.normal_(matrix, generator=generator)
                 hf.experts[f"expert_{expert}"].get_submodule(name).weight.copy_(matrix)
     return hf.eval(), ours.eval()
 
