@@ -73,11 +73,13 @@ def variants(theirs: Any, ours: SwitchTransformer, beams: int) -> dict[str, Call
     assert expected.shape == (ROWS, NEW)
     for cache in (True, False):
         assert torch.equal(of_ours(cache), expected)
-    return {
+    compared = {
         "HF, cache": lambda: of_theirs(cache=True),
         "ours, cache": lambda: of_ours(cache=True),
-        "ours, no cache": lambda: of_ours(cache=False),
     }
+    if beams == 1:  # with beams it only takes longer
+        compared["ours, no cache"] = lambda: of_ours(cache=False)
+    return compared
 
 
 def main() -> None:
@@ -88,7 +90,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results = {}
-    for d_model, experts in ((256, 0), (256, 8), (256, 64), (512, 0), (512, 32)):
+    for d_model, experts in ((256, 0), (256, 8), (256, 64), (512, 32)):
         torch.manual_seed(0)
         theirs, ours = models(d_model, experts)
         for beams in (1, 4):
