@@ -169,35 +169,31 @@ def _describe_speed(speed: dict[str, float] | None) -> str:
     )
 
 
+_TRAINING = (
+    ("loss", "loss", "{:.4f}"),
+    ("accuracy", "accuracy", "{:.1%}"),
+    ("learning rate", "learning_rate", "{:.3g}"),
+    ("gradient norm", "grad_norm", "{:.3g}"),
+)
+_VALIDATION = (
+    ("loss", "valid/loss", "{:.4f}"),
+    ("perplexity", "valid/perplexity", "{:.1f}"),
+    ("accuracy", "valid/accuracy", "{:.1%}"),
+    ("text tokens' loss", "valid/content_loss", "{:.4f}"),
+    ("their unigram entropy", "valid/content_unigram_entropy", "{:.4f}"),
+)
+
+
 def _print_losses(report: dict[str, Any]) -> None:
-    latest, valid = report["latest"], report["latest_validation"]
-
-    def figure(of: dict[str, Any], key: str, form: str) -> str:
-        return form.format(of[key]) if key in of else "–"
-
-    if latest:
-        rows = [
-            ("loss", "loss", "{:.4f}"),
-            ("accuracy", "accuracy", "{:.1%}"),
-            ("learning rate", "learning_rate", "{:.3g}"),
-            ("gradient norm", "grad_norm", "{:.3g}"),
-        ]
-        print_fields(
-            f"Latest training metrics, step {latest['step']:,}",
-            [(name, figure(latest, key, form)) for name, key, form in rows],
-        )
-    if valid:
-        rows = [
-            ("loss", "loss", "{:.4f}"),
-            ("perplexity", "perplexity", "{:.1f}"),
-            ("accuracy", "accuracy", "{:.1%}"),
-            ("text tokens' loss", "content_loss", "{:.4f}"),
-            ("their unigram entropy", "content_unigram_entropy", "{:.4f}"),
-        ]
-        print_fields(
-            f"Latest validation, step {valid['step']:,}",
-            [(name, figure(valid, f"valid/{key}", form)) for name, key, form in rows],
-        )
+    for what, metrics, rows in (
+        ("training metrics", report["latest"], _TRAINING),
+        ("validation", report["latest_validation"], _VALIDATION),
+    ):
+        if metrics:
+            print_fields(
+                f"Latest {what}, step {metrics['step']:,}",
+                [(n, f.format(metrics[key]) if key in metrics else "–") for n, key, f in rows],
+            )
     lines = curve(report["loss"]["steps"], report["loss"]["values"])
     if lines:
         print_lines("Training loss", lines)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from re import Match
 
 from megaswitch.data.text_files import check_inputs, is_json_lines, read_lines
+from megaswitch.data.tokenizer import SENTINEL
 from megaswitch.log import UserError
-
-_BLANK = re.compile(r"<extra_id_(\d{1,6})>")  # as `Tokenizer.encode` reads them
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -66,7 +65,7 @@ def check_prompts(prompts: Sequence[str], num_sentinels: int) -> None:
     """
     problems: list[str] = []
     for number, prompt in enumerate(prompts, 1):
-        beyond = [m[0] for m in _BLANK.finditer(prompt) if int(m[1]) >= num_sentinels]
+        beyond = [m[0] for m in SENTINEL.finditer(prompt) if int(m[1]) >= num_sentinels]
         if beyond:
             problems.append(
                 f"prompt {number} has the blank {beyond[0]}, and the tokenizer's end at "
@@ -81,12 +80,12 @@ def check_prompts(prompts: Sequence[str], num_sentinels: int) -> None:
 
 def has_blanks(prompt: str) -> bool:
     """True if there is an `<extra_id_n>` to fill."""
-    return _BLANK.search(prompt) is not None
+    return SENTINEL.search(prompt) is not None
 
 
 def spans(output: str) -> dict[int, str]:
     """The text behind each sentinel of a model's output; of a repeated one the first counts."""
-    parts = _BLANK.split(output)
+    parts = SENTINEL.split(output)
     found: dict[int, str] = {}
     for number, text in zip(parts[1::2], parts[2::2], strict=True):
         found.setdefault(int(number), text.strip())
@@ -103,11 +102,11 @@ def fill(prompt: str, output: str, style: str = "{}") -> str:
     """
     answers = spans(output)
 
-    def answer(blank: re.Match[str]) -> str:
+    def answer(blank: Match[str]) -> str:
         text = answers.get(int(blank[1]))
         return blank[0] if text is None else style.replace("{}", text)
 
-    return _BLANK.sub(answer, prompt)
+    return SENTINEL.sub(answer, prompt)
 
 
 def fill_so_far(prompt: str, output: str, style: str = "{}") -> str:
@@ -115,8 +114,8 @@ def fill_so_far(prompt: str, output: str, style: str = "{}") -> str:
 
     That is all up to the blank that `output` is at, and what it has for it.
     """
-    at = list(_BLANK.finditer(output))
-    blanks = {int(blank[1]): blank.start() for blank in _BLANK.finditer(prompt)}
+    at = list(SENTINEL.finditer(output))
+    blanks = {int(blank[1]): blank.start() for blank in SENTINEL.finditer(prompt)}
     if not at:
         return prompt[: min(blanks.values(), default=len(prompt))]
     number = int(at[-1][1])

@@ -20,7 +20,7 @@ from megaswitch.data.text_files import RejectionLog, check_inputs, read_document
 from megaswitch.log import UserError, warn
 
 _UNK_ID = 2
-_SENTINEL = re.compile(r"<extra_id_(\d{1,6})>")
+SENTINEL = re.compile(r"<extra_id_(\d{1,6})>")
 # SentencePiece passes over sentences of more than 4,192 bytes; a character has up to 4.
 _MAX_SENTENCE_CHARACTERS = 1_000
 _TRAINING_SENTENCES = 10_000_000  # drawn from larger corpora; T5 used as many
@@ -226,7 +226,7 @@ class Tokenizer:
         """Ids of a text, without EOS; `<extra_id_n>` in it becomes that sentinel."""
         ids: list[int] = []
         end = 0
-        for match in _SENTINEL.finditer(text):
+        for match in SENTINEL.finditer(text):
             if int(match[1]) < self.num_extra_ids:
                 ids += self._model.encode(text[end : match.start()])
                 ids.append(self.sentinel_id(int(match[1])))

@@ -45,7 +45,7 @@ class KeyValueCache:
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """The encoder's side of a batch.
 
     Attributes:
@@ -59,11 +59,12 @@ class _Source:
     rows_per_group: int | None
 
 
-def _encode(model: SwitchTransformer, tokens: Tensor, mask: Tensor | None) -> _Source:
+def encode(model: SwitchTransformer, tokens: Tensor, mask: Tensor | None) -> Source:
+    """Run the encoder over `tokens` [B, Le] int64; `mask` [B, Le] bool is True on real tokens."""
     # Dropless, so that a text depends on its own prompt alone; HF's capacity is per row anyway.
     rows = 1 if model.config.moe.capacity_mode == "hf" else None
     memory = model.encoder(model.embedding(tokens), mask, rows, None, RouterLosses())
-    return _Source(memory, mask, rows)
+    return Source(memory, mask, rows)
 
 
 class CachedDecoder:
@@ -73,23 +74,15 @@ class CachedDecoder:
     token always finds room).
 
     Args:
-        model: in evaluation mode.
-        encoder_tokens: [B, Le] int64.
-        encoder_mask: [B, Le] bool, True on real tokens; None: all are.
+        model: whose encoder gave `source`.
+        source: of B rows.
         beams: rows that are decoded for each row of the encoder, side by side.
         max_tokens: most steps.
     """
 
     def __init__(
-        self,
-        model: SwitchTransformer,
-        encoder_tokens: Tensor,
-        encoder_mask: Tensor | None,
-        *,
-        beams: int,
-        max_tokens: int,
+        self, model: SwitchTransformer, source: Source, *, beams: int, max_tokens: int
     ) -> None:
-        source = _encode(model, encoder_tokens, encoder_mask)
         blocks = model.decoder.blocks
         self._model = model
         self._rows_per_group = source.rows_per_group
@@ -98,10 +91,10 @@ class CachedDecoder:
         # The last query's bias; an earlier query sees the same distances, but fewer of them.
         self._bias = model.decoder.relative_bias(1, max_tokens, first_query=max_tokens - 1)
         self._memory_bias = (
-            None if encoder_mask is None else padding_bias(encoder_mask, self._bias.dtype)
+            None if source.mask is None else padding_bias(source.mask, self._bias.dtype)
         )
-        rows = len(encoder_tokens) * beams
-        self._real = torch.ones(rows, 1, dtype=torch.bool, device=encoder_tokens.device)
+        rows = len(source.memory) * beams
+        self._real = torch.ones(rows, 1, dtype=torch.bool, device=source.memory.device)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Logits [B·beams, V] of what follows `tokens` [B·beams] int64."""
@@ -137,17 +130,12 @@ class PrefixDecoder:
     """
 
     def __init__(
-        self,
-        model: SwitchTransformer,
-        encoder_tokens: Tensor,
-        encoder_mask: Tensor | None,
-        *,
-        beams: int,
-        max_tokens: int,
+        self, model: SwitchTransformer, source: Source, *, beams: int, max_tokens: int
     ) -> None:
         self._model = model
-        self._source = _encode(model, encoder_tokens, encoder_mask)
-        self._tokens = encoder_tokens.new_empty(len(encoder_tokens) * beams, 0)
+        self._source = source
+        shape = (len(source.memory) * beams, 0)
+        self._tokens = torch.empty(shape, dtype=torch.int64, device=source.memory.device)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Logits [B·beams, V] of what follows `tokens` [B·beams] int64."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from megaswitch.data.span_corruption import EOS_ID, PAD_ID
 from megaswitch.layers.noise import Noise
 from megaswitch.log import UserError
-from megaswitch.model.decoding import CachedDecoder, PrefixDecoder
+from megaswitch.model.decoding import CachedDecoder, PrefixDecoder, encode
 from megaswitch.model.switch_transformer import SwitchTransformer
 
 # The score of what must never be chosen; finite, so that sums and products of it stay numbers.
@@ -163,7 +163,8 @@ def _decoder(
     model: SwitchTransformer, tokens: Tensor, mask: Tensor | None, decoding: Decoding
 ) -> CachedDecoder | PrefixDecoder:
     kind = CachedDecoder if decoding.cache else PrefixDecoder
-    return kind(model, tokens, mask, beams=decoding.beams, max_tokens=decoding.max_tokens)
+    source = encode(model, tokens, mask)
+    return kind(model, source, beams=decoding.beams, max_tokens=decoding.max_tokens)
 
 
 @torch.no_grad()
