@@ -21,12 +21,14 @@ from pydantic import TypeAdapter, ValidationError
 from megaswitch.log import ConfigError, UserError
 from megaswitch.presets import PRESETS
 from megaswitch.rules import check
+from megaswitch.rules_parallel import REFUSED
 from megaswitch.schema import (
     CheckpointConfig,
     DataConfig,
     ModelConfig,
     MoEConfig,
     OptimConfig,
+    ParallelConfig,
     RunConfig,
     TrainConfig,
 )
@@ -37,6 +39,7 @@ __all__ = [
     "MoEConfig",
     "ModelConfig",
     "OptimConfig",
+    "ParallelConfig",
     "RunConfig",
     "TrainConfig",
     "describe_keys",
@@ -160,7 +163,8 @@ def _parse(table: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
             path = [str(part) for part in detail["loc"]]
             key = ".".join(path)
             if detail["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-                problems.append(f"{key} is not a known key{_nearest(key, known)}")
+                hint = f"; {REFUSED[key]}" if key in REFUSED else _nearest(key, known)
+                problems.append(f"{key} is not a known key{hint}")
             elif detail["type"] == "dataclass_type":
                 problems.append(
                     f"{key}={detail['input']!r} is wrong: it is a section; write [{key}]"

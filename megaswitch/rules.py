@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from megaswitch.rules_parallel import check_parallel, data_parallel_ranks
+
 if TYPE_CHECKING:
     from megaswitch.schema import ModelConfig, RunConfig, TrainConfig
 
 
 def check(config: RunConfig, world_size: int = 1) -> list[str]:
     """Problems between keys, each with value, rule and remedy. Needs no process group."""
-    return [*_check_model(config.model), *_check_batch(config, world_size), *_check_rest(config)]
+    return [
+        *_check_model(config.model),
+        *check_parallel(config, world_size),
+        *_check_batch(config, world_size),
+        *_check_groups(config),
+        *_check_rest(config),
+    ]
 
 
 def _check_model(model: ModelConfig) -> Iterator[str]:
@@ -44,16 +52,22 @@ def _check_model(model: ModelConfig) -> Iterator[str]:
 
 
 def _check_batch(config: RunConfig, world_size: int) -> Iterator[str]:
-    train, moe = config.train, config.model.moe
-    share = train.micro_batch_size * world_size
+    train, ranks = config.train, data_parallel_ranks(config.parallel, world_size)
+    if ranks is None:
+        return  # the layout itself is refused, so nobody knows who shares the batch
+    share = train.micro_batch_size * ranks
     if train.batch_size % share:
         yield (
             f"train.batch_size={train.batch_size} must be a multiple of train.micro_batch_size × "
-            f"ranks = {train.micro_batch_size} × {world_size} = {share}; "
+            f"data-parallel ranks = {train.micro_batch_size} × {ranks} = {share}; "
             f"use {max(1, round(train.batch_size / share)) * share}"
         )
     if train.rampup_batch_size is not None:
         yield from _check_rampup(train, share)
+
+
+def _check_groups(config: RunConfig) -> Iterator[str]:
+    train, moe = config.train, config.model.moe
     if not moe.num_experts or moe.capacity_mode == "hf":
         return
     length = config.data.encoder_length
@@ -82,8 +96,8 @@ def _check_rampup(train: TrainConfig, share: int) -> Iterator[str]:
         )
     elif start % share or increment % share or (train.batch_size - start) % increment:
         yield (
-            f"train.rampup_batch_size={start} must be a multiple of {share} (micro batch × ranks) "
-            f"and reach train.batch_size={train.batch_size} in steps of "
+            f"train.rampup_batch_size={start} must be a multiple of {share} (micro batch × "
+            f"data-parallel ranks) and reach train.batch_size={train.batch_size} in steps of "
             f"train.rampup_increment={increment}, itself a multiple of {share}"
         )
     elif start > train.batch_size:

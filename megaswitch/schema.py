@@ -295,11 +295,70 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ParallelConfig:
+    """How a run is spread over its ranks. The results do not depend on it, only speed and memory.
+
+    World size = pp × dp × tp with dp = edp × ep: the ranks left over after pp, ep and tp hold
+    copies (`edp`) of the experts.
+    """
+
+    pp: int = Field(default=1, gt=0, description="pipeline parallel: ranks the layers lie on")
+    ep: int = Field(default=1, gt=0, description="expert parallel: ranks the experts lie on")
+    tp: int = Field(default=1, gt=0, description="tensor parallel: ranks that slice each matrix")
+    sequence_parallel: bool = Field(
+        default=True, description="with tp > 1, tokens between the matrices are sliced as well"
+    )
+    zero: Literal["none", "optimizer", "full"] = Field(
+        default="none",
+        description="sharded over data-parallel ranks: nothing; optimizer states and gradients; "
+        "weights too",
+    )
+    replicas: int = Field(
+        default=1,
+        gt=0,
+        description="copies that each sharded tensor is kept in (hybrid sharding)",
+        json_schema_extra=only_if("parallel.zero", "optimizer", "full"),
+    )
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble"] = Field(
+        default="1f1b", description="order of a pipeline's micro-batches"
+    )
+    stages_per_rank: int = Field(
+        default=1,
+        gt=0,
+        description="pipeline stages on each rank",
+        json_schema_extra=only_if("parallel.schedule", "interleaved", "zero-bubble"),
+    )
+    layers_per_stage: list[int] | None = Field(
+        default=None, description="blocks of each pipeline stage, in order; unset: even FLOPs"
+    )
+    ep_chunks: int = Field(
+        default=1, gt=0, description="parts of an expert exchange, to overlap with the experts"
+    )
+    overlap_gradients: bool = Field(
+        default=True,
+        description="sum gradients during the backward pass (without pipeline)",
+        json_schema_extra=only_if("parallel.zero", "none"),
+    )
+    prefetch: int = Field(
+        default=1,
+        ge=0,
+        description="blocks whose weights are gathered ahead",
+        json_schema_extra=only_if("parallel.zero", "full"),
+    )
+    timeout: int = Field(
+        default=600, gt=0, description="seconds after which a collective gives its ranks up"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class CheckpointConfig:
     """When checkpoints are written and how many are kept. One is always written at the end."""
 
     interval: int | None = Field(default=None, gt=0, description="steps between; unset: end only")
     keep: int = Field(default=2, gt=0, description="newest checkpoints kept")
+    background: bool = Field(
+        default=True, description="train on while a copy of the state is being written"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -310,4 +369,5 @@ class RunConfig:
     data: DataConfig = Field(default_factory=DataConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)

@@ -1,45 +1,46 @@
 """Writing and reading the state of a run: atomic folders of safetensors, checked by SHA-256.
 
-A checkpoint is `step_00001000/` with one `*.safetensors` file per rank (global tensors through
-`torch.distributed.checkpoint`), `config.toml` (the resolved configuration) and `state.json` (step,
-samples consumed, data fingerprint, checksums). Nothing in it is a pickle. Ranks write into a folder
-of another name, which rank 0 renames once every file is on disk: a crash leaves no half checkpoint.
+A checkpoint is `step_00001000/` with one `*.safetensors` file per rank (parts of global tensors, so
+that any layout can read what any other wrote), `config.toml` (the resolved configuration) and
+`state.json` (step, samples consumed, data fingerprint, checksums). Nothing in it is a pickle. Ranks
+write into a folder of another name, which rank 0 renames once every file is on disk: a crash leaves
+no half checkpoint.
+
+In the background, a save costs training one copy of what the rank writes. A thread does the rest:
+it writes and sums outside the interpreter's lock, so that it takes a part of one core and the disk
+from training, and talks to other ranks through a gloo group of its own, so that its messages never
+mix with those of training.
 """
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import shutil
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+import torch.distributed as dist
+from torch import nn
 
+from megaswitch.checkpoint.chunks import Chunk, Place, shares, write_chunks
+from megaswitch.checkpoint.contents import make_states, model_chunks, optimizer_chunks
+from megaswitch.checkpoint.staging import Staged, Staging
+from megaswitch.checkpoint.tensor_files import read_chunks, read_headers
 from megaswitch.config import RunConfig, from_toml, to_toml
 from megaswitch.files import sha256, sync, write_durably
 from megaswitch.log import UserError, warn
 from megaswitch.parallel.mesh import Mesh
+from megaswitch.parallel.weights import Weight
 
 FORMAT = 1
 _PREFIX = "step_"
 _UNFINISHED = ".unfinished"
-_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 @dataclass(frozen=True)
@@ -60,61 +61,124 @@ class TrainState:
 class CheckpointManager:
     """Saves, finds and restores the checkpoints of one run folder.
 
+    All ranks build it together, and call `save`, `wait` and `restore` together.
+
     Args:
         run_dir: the run's folder; checkpoints lie in `checkpoints/` under it.
         keep: how many of the newest are kept.
+        mesh: the ranks of the run.
         tokenizer: file that every checkpoint takes along, so that it can read and write text.
+        background: whether `save` returns once the state is copied and leaves the writing to a
+            thread. The copy is kept from save to save; ranks share out what several hold.
+        timeout: seconds after which a rank that writes in the background gives the others up.
     """
 
     def __init__(
-        self, run_dir: Path, *, keep: int, mesh: Mesh, tokenizer: Path | None = None
+        self,
+        run_dir: Path,
+        *,
+        keep: int,
+        mesh: Mesh,
+        tokenizer: Path | None = None,
+        background: bool = False,
+        timeout: int = 600,
     ) -> None:
         self.folder = run_dir / "checkpoints"
         self.keep = keep
         self.mesh = mesh
         self.tokenizer = tokenizer
+        self._places: list[Place] = []
+        self._mine: set[str] = set()
+        self._under_way: Future[None] | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        if background:
+            self._staging = Staging()
+            self._thread = ThreadPoolExecutor(1, "checkpoint")
+            if mesh.group is not None:
+                group = dist.new_group(backend="gloo", timeout=dt.timedelta(seconds=timeout))
+                self.mesh = replace(mesh, group=group, device=torch.device("cpu"))
 
     def save(
         self,
         config: RunConfig,
         state: TrainState,
-        model: nn.Module,
+        weights: Mapping[str, Weight],
         optimizer: torch.optim.Optimizer,
     ) -> Path:
-        """Write a checkpoint; when this returns it is on disk under its final name.
+        """Write a checkpoint of the state as it is now.
+
+        It is on disk under its final name when this returns or, in the background, when `wait`
+        does. A save that is still under way is waited for first.
 
         Raises:
-            UserError: it could not be written (a full disk, say). Earlier checkpoints are intact.
+            UserError: it, or the one before it, could not be written (a full disk, say). Earlier
+                checkpoints are intact.
         """
+        self.wait()
         final = self.folder / f"{_PREFIX}{state.step:08d}"
+        mine = self._share(model_chunks(weights) + optimizer_chunks(weights, optimizer))
+        if self._thread:
+            staged = self._staging.copy(mine)
+            self._under_way = self._thread.submit(self._complete, final, config, state, staged)
+        else:
+            self._complete(final, config, state, Staged(mine))
+        return final
+
+    def wait(self) -> None:
+        """Wait for the save that is under way, if one is; to be called before the process ends.
+
+        Raises:
+            UserError: on every rank, if it failed on one.
+        """
+        under_way, self._under_way = self._under_way, None
+        if under_way:
+            under_way.result()
+
+    def restore(
+        self, path: Path, weights: Mapping[str, Weight], optimizer: torch.optim.Optimizer
+    ) -> TrainState:
+        """Load a checkpoint into `weights` and `optimizer`, whatever layout wrote it.
+
+        Raises:
+            UserError: on every rank, if it is damaged or of another model or optimizer.
+        """
+        self.wait()
+        with self.mesh.together():
+            metadata = read_state(path)
+            verify(path, sorted(metadata["files"])[self.mesh.rank :: self.mesh.size])
+        state = TrainState(**metadata["state"])
+        with self.mesh.together():
+            stored = read_headers(_tensor_files(path))
+            read_chunks(path, stored, model_chunks(weights))
+            if state.step:  # before the first step there is nothing to remember
+                states = make_states(weights, optimizer, path, stored)
+                read_chunks(path, stored, states)
+        return state
+
+    def _share(self, chunks: list[Chunk]) -> list[Chunk]:
+        """Those of the chunks that this rank is to write."""
+        places = [chunk.place for chunk in chunks]
+        # Sharing out takes a message from everyone to everyone, and layouts rarely change.
+        if not all(self.mesh.gather(places == self._places)):
+            self._mine = shares(self.mesh.gather(places))[self.mesh.rank]
+            self._places = places
+        return [chunk for chunk in chunks if chunk.name in self._mine]
+
+    def _complete(self, final: Path, config: RunConfig, state: TrainState, staged: Staged) -> None:
+        """Write a checkpoint, all ranks together."""
         aside = final.with_name(final.name + _UNFINISHED)
         with self._together(aside):
             self._start(aside)
-        tensors = _model_tensors(model) | _optimizer_tensors(model, optimizer)
         mine: dict[str, Any] = {}
         with self._together(aside):
-            self._write(aside, tensors)
-            mine = _sums(aside.glob(f"shard-{self.mesh.rank + 1:05d}-*.safetensors"))
+            staged.wait()
+            mine = self._write(aside, staged.chunks)
         sums = {name: entry for part in self.mesh.gather(mine) for name, entry in part.items()}
         with self._together(aside):
             self._finish(aside, final, config, state, sums)
         if self.mesh.rank == 0:
             for old in checkpoints(self.folder)[: -self.keep]:
                 _discard(old)
-        return final
-
-    def restore(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
-        """Load a checkpoint into `model` and `optimizer`, whatever layout wrote it."""
-        metadata = read_state(path)
-        with self.mesh.together():
-            verify(path, sorted(metadata["files"])[self.mesh.rank :: self.mesh.size])
-        load_model_tensors(path, model, distributed=self.mesh.group is not None)
-        optimizer_state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_FLAT)
-        tensors = _prefixed(optimizer_state)
-        _load(path, tensors, distributed=self.mesh.group is not None)
-        loaded = {key.removeprefix("optimizer."): value for key, value in tensors.items()}
-        set_optimizer_state_dict(model, optimizer, optimizer_state | loaded, options=_FLAT)
-        return TrainState(**metadata["state"])
 
     @contextmanager
     def _together(self, aside: Path) -> Iterator[None]:
@@ -123,11 +187,11 @@ class CheckpointManager:
             with self.mesh.together():
                 try:
                     yield
-                except (OSError, CheckpointException, RuntimeError) as error:
+                except (OSError, RuntimeError) as error:
                     name = aside.name.removesuffix(_UNFINISHED)
                     raise UserError(
                         f"checkpoint {name} could not be written to {aside.parent}: "
-                        f"{_root_cause(error)}. Earlier checkpoints are intact; "
+                        f"{error}. Earlier checkpoints are intact; "
                         "free space or choose another train.run_dir, and start the same command "
                         "again"
                     ) from error
@@ -143,11 +207,12 @@ class CheckpointManager:
                 shutil.rmtree(stale, ignore_errors=True)
             aside.mkdir()
 
-    def _write(self, aside: Path, tensors: dict[str, Tensor]) -> None:
-        writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # "assuming … a single process": it is
-            dcp.save(tensors, storage_writer=writer, no_dist=self.mesh.group is None)
+    def _write(self, aside: Path, chunks: list[Chunk]) -> dict[str, Any]:
+        """This rank's file; returns its size and SHA-256 by its name."""
+        if not chunks:
+            return {}
+        name = f"shard-{self.mesh.rank + 1:05d}-of-{self.mesh.size:05d}.safetensors"
+        return {name: write_chunks(aside / name, chunks)}
 
     def _finish(
         self,
@@ -279,38 +344,24 @@ def verify(path: Path, names: list[str] | None = None) -> None:
         )
 
 
-def load_model_tensors(path: Path, model: nn.Module, *, distributed: bool = False) -> None:
-    """Fill the parameters of `model` from the checkpoint at `path`."""
-    _load(path, _model_tensors(model), distributed=distributed)
+def load_model_tensors(
+    path: Path, model: nn.Module | Mapping[str, Weight], *, distributed: bool = False
+) -> None:
+    """Fill the parameters of a whole model, or a rank's part of them, from a checkpoint.
+
+    Args:
+        path: the checkpoint.
+        model: what to fill.
+        distributed: whether all ranks do this together, and fail together.
+
+    Raises:
+        UserError: it cannot be read or is of another model.
+    """
+    group = dist.group.WORLD if distributed else None
+    rank, size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    with Mesh(rank, size, torch.device("cpu"), group).together():
+        read_chunks(path, read_headers(_tensor_files(path)), model_chunks(model))
 
 
-def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Optimizer state by parameter name. Its hyper-parameters come from the config instead."""
-    return _prefixed(get_optimizer_state_dict(model, optimizer, options=_FLAT))
-
-
-def _prefixed(optimizer_state: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {f"optimizer.{k}": v for k, v in optimizer_state.items() if isinstance(v, Tensor)}
-
-
-def _load(path: Path, tensors: dict[str, Tensor], *, distributed: bool) -> None:
-    """Fill `tensors` in place."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            dcp.load(
-                tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=not distributed
-            )
-    except (OSError, CheckpointException, RuntimeError, ValueError) as error:
-        raise UserError(f"checkpoint {path} cannot be read: {_root_cause(error)}") from error
-
-
-def _root_cause(error: BaseException) -> str:
-    """The first line of what really went wrong inside DCP's wrapper."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+def _tensor_files(path: Path) -> list[Path]:
+    return sorted(path.glob("*.safetensors"))

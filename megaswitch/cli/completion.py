@@ -107,6 +107,10 @@ for _name, _class in _SHELLS.items():
     add_completion_class(_class, _name)
 
 
+# Overrides look like options; click must leave them alone.
+FREE_FORM = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
 class OverridesCommand(click.Command):
     """A command that takes `--section.key=value` beside its options."""
 

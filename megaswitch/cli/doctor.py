@@ -3,27 +3,48 @@
 from __future__ import annotations
 
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from megaswitch.cli.common import PATH, echo
+from megaswitch.cli.completion import FREE_FORM, OverridesCommand, complete_override
 from megaswitch.log import UserError, console
 
 if TYPE_CHECKING:
     from megaswitch.cli.doctor_checks import Finding
 
 
-@click.command()
+@click.command(cls=OverridesCommand, context_settings=FREE_FORM)
+@click.option("--layout", type=PATH, help="Check this configuration for --ranks; show its layout.")
+@click.option("--ranks", type=click.IntRange(1), help="Ranks to lay out; needs no launcher.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable report.")
-def doctor(as_json: bool) -> None:
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED, shell_complete=complete_override)
+def doctor(
+    layout: Path | None, ranks: int | None, as_json: bool, overrides: tuple[str, ...]
+) -> None:
     """Say whether MegaSwitch can train here, and what is missing.
 
     Looks at versions, hardware, the compiled core, optional packages and the launcher's
     environment, then trains one step and lets two processes talk. Ends with code 0 if all that
     training needs is there, else with 2 and every problem with its remedy.
 
-    Example: megaswitch doctor --json > report.json
+    With --layout it looks at a configuration instead, changed by OVERRIDES as in `megaswitch
+    train`: whether it fits so many ranks, and which ranks share what.
+
+    \b
+    Examples:
+      megaswitch doctor --json > report.json
+      megaswitch doctor --layout run.toml --ranks 64 --parallel.tp=2
     """
+    if layout or ranks:
+        if not layout or not ranks:
+            raise click.UsageError("--layout and --ranks belong together: give both")
+        _show_layout(layout, ranks, overrides, as_json)
+        return
+    if overrides:
+        raise click.NoSuchOption(overrides[0].partition("=")[0])
     from megaswitch.cli.doctor_checks import check_everything
 
     with console().status("checking; the self-tests take some seconds"):
@@ -38,6 +59,22 @@ def doctor(as_json: bool) -> None:
         raise UserError(
             f"{count} MegaSwitch from training here:\n" + "\n".join(f"  - {p}" for p in problems)
         )
+
+
+def _show_layout(path: Path, ranks: int, overrides: tuple[str, ...], as_json: bool) -> None:
+    from megaswitch.cli.show import print_json
+    from megaswitch.config import load_config
+    from megaswitch.parallel.table import layout_lines, layout_rows
+
+    config = load_config(path, overrides, world_size=ranks)
+    if not as_json:
+        echo("\n".join(layout_lines(config, ranks)))
+        return
+    axes = {
+        row.axis: {"size": row.size, "stride": row.stride, "spread": row.spread}
+        for row in layout_rows(config, ranks)
+    }
+    print_json({"ranks": ranks, "axes": axes})
 
 
 def _print_json(findings: list[Finding]) -> None:

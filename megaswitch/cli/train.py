@@ -8,11 +8,8 @@ from pathlib import Path
 import click
 
 from megaswitch.cli.common import PATH, stdout
-from megaswitch.cli.completion import OverridesCommand, complete_override
+from megaswitch.cli.completion import FREE_FORM, OverridesCommand, complete_override
 from megaswitch.log import info
-
-# Overrides look like options; click must leave them alone.
-_FREE_FORM = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 
 def _print_keys(context: click.Context, option: click.Parameter, asked: bool) -> None:
@@ -29,7 +26,7 @@ def _print_keys(context: click.Context, option: click.Parameter, asked: bool) ->
     context.exit()
 
 
-@click.command(cls=OverridesCommand, context_settings=_FREE_FORM)
+@click.command(cls=OverridesCommand, context_settings=FREE_FORM)
 @click.option("--keys", is_flag=True, is_eager=True, expose_value=False, callback=_print_keys,
               help="List every configuration key and exit.")  # fmt: skip
 @click.argument("config", type=PATH)
@@ -47,12 +44,14 @@ def train(config: Path, overrides: tuple[str, ...]) -> None:
     """
     from megaswitch.config import load_config
     from megaswitch.parallel.mesh import Mesh, world_size
+    from megaswitch.parallel.watchdog import watch
 
     resolved = load_config(config, overrides, world_size=world_size())
     from megaswitch.train.trainer import Trainer
 
-    mesh = Mesh.start(resolved.train.device)
-    complete = Trainer.build(resolved, mesh).fit()
+    mesh = Mesh.start(resolved.train.device, resolved.parallel)
+    with watch(mesh, resolved.parallel.timeout):
+        complete = Trainer.build(resolved, mesh).fit()
     mesh.stop()
     if not complete:
         info("stopped; the same command goes on from the checkpoint")

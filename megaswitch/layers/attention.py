@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaswitch.layers.linear import Linear
-from megaswitch.layers.noise import Noise
+from megaswitch.layers.noise import Noise, drop
 from megaswitch.layers.norm import at_least_fp32
-from megaswitch.layers.parameter import Init, parameter
+from megaswitch.layers.parameter import Init, local, parameter
+from megaswitch.parallel.tensor_parallel import ALONE, TensorParallel
 
 # Finite, so that a row of nothing but padding attends evenly instead of giving NaN; and far enough
 # from the limits of fp32 and bf16 to be added to.
@@ -30,8 +31,11 @@ class Attention(nn.Module):
     """Multi-head attention of `x` over `memory`.
 
     q, k, v and o are separate parameters: Adafactor's statistics and conversion need them apart.
+    A tensor-parallel rank has some of the heads, and gives its term of the output.
     Initial deviations are Mesh-TF's: q (d_model·d_kv)^-½, k and v d_model^-½, o (heads·d_kv)^-½.
     """
+
+    tp: TensorParallel = ALONE
 
     def __init__(
         self, d_model: int, num_heads: int, d_kv: int, *, dropout: float, site: str
@@ -39,6 +43,7 @@ class Attention(nn.Module):
         super().__init__()
         inner = num_heads * d_kv
         self.num_heads = num_heads
+        self.d_kv = d_kv
         self.dropout = dropout
         self.site = site
         query_init = Init("normal", (d_model * d_kv) ** -0.5)
@@ -86,12 +91,19 @@ class Attention(nn.Module):
         scores = at_least_fp32(q @ k.transpose(-1, -2))
         weights = torch.softmax(scores if bias is None else scores + bias, -1)
         if noise is not None and self.dropout:
-            weights = noise.dropout(weights, self.dropout, f"{self.site}.weights")
+            batch, _, queries, keys = weights.shape
+            heads = self.tp.part(self.num_heads)
+            draws = noise.uniform(
+                f"{self.site}.weights",
+                (batch, self.num_heads, queries, keys),
+                slice(heads.start * queries * keys, heads.stop * queries * keys),
+            )
+            weights = drop(weights, draws, self.dropout)
         return weights.to(v.dtype) @ v
 
     def _split(self, x: Tensor) -> Tensor:
         """[B, L, heads·d_kv] to [B, heads, L, d_kv]."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return x.unflatten(-1, (-1, self.d_kv)).transpose(1, 2)
 
 
 class RelativeBias(nn.Module):
@@ -111,11 +123,14 @@ class RelativeBias(nn.Module):
         self.weight = parameter((buckets, num_heads), (None, "tp"), init, is_bias=True)
 
     def forward(self, queries: int, keys: int, first_query: int = 0) -> Tensor:
-        """Bias [1, heads, queries, keys]; keys stand at 0 …, queries at `first_query` …"""
+        """Bias [1, heads, queries, keys]; keys stand at 0 …, queries at `first_query` …
+
+        A tensor-parallel rank gives that of its heads.
+        """
         device = self.weight.device
         query = torch.arange(first_query, first_query + queries, device=device)
         relative = torch.arange(keys, device=device) - query[:, None]
-        return self.weight[self.bucket(relative)].permute(2, 0, 1)[None]
+        return local(self.weight)[self.bucket(relative)].permute(2, 0, 1)[None]
 
     def bucket(self, relative: Tensor) -> Tensor:
         """Bucket of each relative position (key − query), int64 of the same shape."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from megaswitch.layers.gradient_memory import GradientMemory
-from megaswitch.layers.parameter import Init, parameter
+from megaswitch.layers.parameter import Init, local, parameter
 
 # Of all stacks together, so that what adds up micro-batches needs one block more, not one each.
 _MEMORY = GradientMemory()
@@ -34,7 +34,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in] to [..., out]."""
-        return F.linear(x, self.weight)
+        return F.linear(x, local(self.weight))
 
 
 class GroupedLinear(nn.Module):
@@ -60,7 +60,7 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """Map rows [N, in] to [N, out]; see `grouped_linear`."""
-        return grouped_linear(x, self.weight, ends)
+        return grouped_linear(x, local(self.weight), ends)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

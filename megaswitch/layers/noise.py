@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from megaswitch.layers.parameter import stable_hash
+from megaswitch.parallel.tensor_parallel import ALONE, TensorParallel
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15: Weyl increment of SplitMix64
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
+
+_ALL = slice(None)
 
 # Bytes of work memory on a CPU: what is made of a block of draws stays in the second-level cache.
 _SCRATCH_BYTES = 1 << 20
@@ -54,35 +57,95 @@ class Noise:
         seed = int(torch.randint(0, 2**62, ()).item())
         return cls(seed, 0, torch.arange(rows, device=device))
 
-    def uniform(self, site: str, shape: tuple[int, ...]) -> Tensor:
+    def uniform(self, site: str, shape: tuple[int, ...], part: slice = _ALL) -> Tensor:
         """Uniform draws in [0, 1), fp32.
 
         Args:
             site: the name of the module that asks; each name has its own stream.
             shape: [B, …], one row for each sample.
+            part: of the draws of each row, flattened, only these; then the result is [B, n].
         """
+        width = math.prod(shape[1:])
+        columns = range(width)[part]
+        draws = draw(self._keys(site), columns)
+        return draws.view(shape) if len(columns) == width else draws
+
+    def token_keys(self, site: str, length: int, width: int) -> Tensor:
+        """[B·length] int64, from which `draw` makes each token's row of draws [B, length, width].
+
+        A token's key may travel to where the token is worked on.
+        """
+        tokens = torch.arange(length, device=self.samples.device).mul_(width).mul_(_GOLDEN)
+        return (self._keys(site)[:, None] + tokens).flatten()
+
+    def for_tokens(
+        self, site: str, tokens: slice, length: int, columns: range, width: int
+    ) -> Tensor:
+        """Some rows and columns of the draws [B·length, width].
+
+        Args:
+            site: the name of the module that asks.
+            tokens: rows, counted through samples and positions.
+            length: tokens of a sample.
+            columns: of all `width`.
+            width: draws of a token.
+        """
+        return draw(self.token_keys(site, length, width)[tokens], columns)
+
+    def _keys(self, site: str) -> Tensor:
         base = stable_hash(self.seed, self.step, site)
         keys = self.samples * _GOLDEN + base
         keys = _mix(keys, torch.empty_like(keys))
-        keys.bitwise_xor_((keys >> 31).bitwise_and_((1 << 33) - 1))
-        elements = torch.arange(1, math.prod(shape[1:]) + 1, device=keys.device).mul_(_GOLDEN)
-        draws = torch.empty(shape[0], len(elements), device=keys.device, dtype=torch.float32)
-        # A GPU wants few big kernels, a CPU few bytes at a time.
-        block = _SCRATCH_BYTES // elements.itemsize if keys.device.type == "cpu" else draws.numel()
-        for columns, out in zip(elements.split(block), draws.split(block, 1), strict=True):
-            rows = max(1, block // len(columns))
-            for key, target in zip(keys.split(rows), out.split(rows), strict=True):
-                counters = key[:, None] + columns
-                bits = _mix(counters, torch.empty_like(counters)) >> 40
-                target.copy_(bits.bitwise_and_((1 << 24) - 1)).mul_(2.0**-24)
-        return draws.view(shape)
-
-    def dropout(self, x: Tensor, rate: float, site: str) -> Tensor:
-        """Zero elements of `x` [B, …] with probability `rate`, and scale the rest up."""
-        keep = self.uniform(site, tuple(x.shape)) >= rate
-        return x * keep.to(x.dtype).mul_(1.0 / (1.0 - rate))
+        return keys.bitwise_xor_((keys >> 31).bitwise_and_((1 << 33) - 1))
 
 
-def dropout(x: Tensor, rate: float, site: str, noise: Noise | None) -> Tensor:
-    """Dropout if there is noise (training) and a rate; else `x` itself."""
-    return x if noise is None or rate == 0.0 else noise.dropout(x, rate, site)
+def draw(keys: Tensor, columns: range) -> Tensor:
+    """Uniform draws in [0, 1), fp32: [N, len(columns)] for keys [N] int64."""
+    elements = torch.arange(columns.start + 1, columns.stop + 1, device=keys.device)
+    elements.mul_(_GOLDEN)
+    draws = torch.empty(len(keys), len(columns), device=keys.device, dtype=torch.float32)
+    # A GPU wants few big kernels, a CPU few bytes at a time.
+    block = _SCRATCH_BYTES // elements.itemsize if keys.device.type == "cpu" else draws.numel()
+    block = max(1, block)
+    for some, out in zip(elements.split(block), draws.split(block, 1), strict=True):
+        rows = max(1, block // max(1, len(some)))
+        for key, target in zip(keys.split(rows), out.split(rows), strict=True):
+            counters = key[:, None] + some
+            bits = _mix(counters, torch.empty_like(counters)) >> 40
+            target.copy_(bits.bitwise_and_((1 << 24) - 1)).mul_(2.0**-24)
+    return draws
+
+
+def dropout(
+    x: Tensor,
+    rate: float,
+    site: str,
+    noise: Noise | None,
+    *,
+    tp: TensorParallel = ALONE,
+    length: int = 0,
+) -> Tensor:
+    """Zero elements of `x` with probability `rate`, and scale the rest up.
+
+    Args:
+        x: [B, …], or this rank's tokens [B·length/tp, d] of activations [B, length, d].
+        rate: 0 returns `x` itself.
+        site: the name of the module that asks.
+        noise: None (no training) returns `x` itself.
+        tp: who has the other tokens.
+        length: tokens of a sample, where x is of some tokens only.
+    """
+    if noise is None or rate == 0.0:
+        return x
+    if length and x.ndim == 2:
+        tokens = tp.tokens(x, len(noise.samples) * length)
+        width = x.shape[1]
+        draws = noise.for_tokens(site, tokens, length, range(width), width)
+    else:
+        draws = noise.uniform(site, tuple(x.shape))
+    return drop(x, draws, rate)
+
+
+def drop(x: Tensor, draws: Tensor, rate: float) -> Tensor:
+    """`x` where the draws are at least `rate`, scaled up; else 0."""
+    return x * (draws >= rate).to(x.dtype).mul_(1.0 / (1.0 - rate)).view(x.shape)

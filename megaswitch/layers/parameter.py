@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from megaswitch.parallel.shard import MeshAxis, declare, spec_of
+from megaswitch.parallel.weights import block_of
 
 
 @dataclass(frozen=True)
@@ -65,17 +68,31 @@ def stable_hash(*parts: object) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-@torch.no_grad()
-def initialize(module: nn.Module, seed: int) -> None:
-    """Fill every parameter of `module` from its own generator; experts one by one.
+def local(weight: Tensor) -> Tensor:
+    """This rank's slice of a parameter, whose gradient is the slice's."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
-    Values are drawn on the CPU in fp32 and then cast, so device and dtype change nothing else.
+
+@torch.no_grad()
+def initialize(parameters: Iterable[tuple[str, nn.Parameter, Init]], seed: int) -> None:
+    """Fill every parameter from its own generator; experts one by one.
+
+    Values are drawn on the CPU in fp32 and then cast, so device and dtype change nothing else. Of a
+    sliced parameter the whole matrix is drawn and the slice kept.
+
+    Args:
+        parameters: this rank's blocks (see `parallel.weights`) with their global names.
+        seed: of the run.
     """
-    for name, weight in module.named_parameters():
-        init: Init = weight.init  # type: ignore[attr-defined]
-        slices = weight.unbind(0) if spec_of(weight).is_expert else (weight,)
-        for index, target in enumerate(slices):
-            generator = torch.Generator().manual_seed(stable_hash(seed, name, index))
-            drawn = torch.empty(target.shape, dtype=torch.float32, device="cpu")
-            init.fill_(drawn, generator)
-            target.copy_(drawn)
+    for name, weight, init in parameters:
+        block = block_of(weight)
+        is_expert = spec_of(weight).is_expert
+        first = 1 if is_expert else 0
+        shape, slices = block.shape[first:], block.slices[first:]
+        targets = weight.unbind(0) if is_expert else (weight,)
+        for index, target in enumerate(targets, block.offsets[0] if is_expert else 0):
+            if target.numel():
+                generator = torch.Generator().manual_seed(stable_hash(seed, name, index))
+                drawn = torch.empty(shape, dtype=torch.float32, device="cpu")
+                init.fill_(drawn, generator)
+                target.copy_(drawn[slices])

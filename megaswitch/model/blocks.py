@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from megaswitch.config import ModelConfig
@@ -13,6 +14,7 @@ from megaswitch.layers.norm import RMSNorm
 from megaswitch.model.ffn import FeedForward
 from megaswitch.model.moe import SwitchFFN
 from megaswitch.model.router import Routing
+from megaswitch.parallel.tensor_parallel import ALONE, TensorParallel
 
 
 class Past(Protocol):
@@ -30,6 +32,8 @@ class Block(nn.Module):
         stack: which stack the block belongs to.
         index: its place in that stack, from 0; decides whether its FFN is sparse.
     """
+
+    tp: TensorParallel = ALONE
 
     def __init__(
         self, config: ModelConfig, stack: Literal["encoder", "decoder"], index: int
@@ -69,39 +73,47 @@ class Block(nn.Module):
         """Apply the block.
 
         Args:
-            x: [B, L, d_model].
+            x: [B, L, d_model], or [B·L/tp, d_model] of this rank's tokens.
             mask: [B, L] bool, True on real tokens.
             bias: self-attention scores to add, broadcastable to [B, heads, L, L]; with a past of
                 P tokens, to [B, heads, L, P + L].
             rows_per_group: rows that a Switch FFN routes together; None: nothing is dropped.
             noise: randomness of a training step, or None.
-            memory: [B, K, d_model], the encoder's output, or its keys and values (decoder only).
-                It may have fewer rows than x: each then serves as many consecutive rows (beams).
+            memory: [B, K, d_model], the encoder's output after `TensorParallel.enter`, or its keys
+                and values (decoder only). It may have fewer rows than x: each then serves
+                as many consecutive rows (beams).
             memory_bias: cross-attention scores to add, broadcastable to [B, heads, L, K].
             past: the tokens before x, in decoding.
 
         Returns:
-            [B, L, d_model], and the routing if the FFN is sparse.
+            like x, and the routing if the FFN is sparse.
         """
-        normed = self.self_attention_norm(x)
+        shape, parts = mask.shape, x.ndim == 2
+        normed = self.tp.enter(self.self_attention_norm(x), shape)
         own = self.self_attention.keys_values(normed)
         if past is not None:
             own = past.extend(own)
-        x = self._add(x, self.self_attention(normed, own, bias, noise), "self_attention", noise)
+        y = self.tp.leave(self.self_attention(normed, own, bias, noise), parts=parts)
+        x = self._add(x, y, "self_attention", shape, noise)
         if memory is not None:
             if isinstance(memory, Tensor):
                 memory = self.cross_attention.keys_values(memory)
+            normed = self.tp.enter(self.cross_attention_norm(x), shape)
             # Cross-attention knows no positions, so beams of a row may stand where its queries do.
-            normed = self.cross_attention_norm(x).view(len(memory.keys), -1, x.shape[-1])
-            attended = self.cross_attention(normed, memory, memory_bias, noise)
-            x = self._add(x, attended.view_as(x), "cross_attention", noise)
+            queries = normed.view(len(memory.keys), -1, normed.shape[-1])
+            attended = self.cross_attention(queries, memory, memory_bias, noise)
+            y = self.tp.leave(attended.view_as(normed), parts=parts)
+            x = self._add(x, y, "cross_attention", shape, noise)
         normed = self.ffn_norm(x)
         routing = None
         if isinstance(self.ffn, SwitchFFN):
             y, routing = self.ffn(normed, mask, rows_per_group, noise)
         else:
-            y = self.ffn(normed, noise)
-        return self._add(x, y, "ffn", noise), routing
+            y = self.tp.leave(self.ffn(self.tp.enter(normed, shape), noise), parts=parts)
+        return self._add(x, y, "ffn", shape, noise), routing
 
-    def _add(self, x: Tensor, y: Tensor, name: str, noise: Noise | None) -> Tensor:
-        return x + dropout(y, self.dropout, f"{self.site}.{name}.out", noise)
+    def _add(
+        self, x: Tensor, y: Tensor, name: str, shape: torch.Size, noise: Noise | None
+    ) -> Tensor:
+        site = f"{self.site}.{name}.out"
+        return x + dropout(y, self.dropout, site, noise, tp=self.tp, length=shape[1])

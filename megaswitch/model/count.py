@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from megaswitch.config import ModelConfig
 from megaswitch.layers.linear import GroupedLinear, Linear
-from megaswitch.layers.vocab import Head
-from megaswitch.model.switch_transformer import Stack, SwitchTransformer
+from megaswitch.model.blocks import Block
+from megaswitch.model.switch_transformer import SwitchTransformer
 from megaswitch.parallel.shard import spec_of
 
 
@@ -54,24 +53,40 @@ def forward_flops(model: SwitchTransformer, encoder_length: int, decoder_length:
     tokens and one expert per token, plus 2·heads·d_kv per query-key pair, plus the logits. The
     router and element-wise work are left out. The paper gives no recipe; this meets its figures.
     """
-    lengths = {"encoder": encoder_length, "decoder": decoder_length}
-    flops = 0
-    for stack in (model.encoder, model.decoder):
-        flops += 2 * _matmul_weights(stack) * lengths[stack.name]
     config = model.config
+    return sum(block_flops(config, encoder_length, decoder_length, model)) + head_flops(
+        config, decoder_length
+    )
+
+
+def block_flops(
+    config: ModelConfig,
+    encoder_length: int,
+    decoder_length: int,
+    model: SwitchTransformer | None = None,
+) -> list[int]:
+    """`forward_flops` of each block, encoder first."""
+    model = model or meta_model(config)
     pair = 2 * config.num_heads * config.d_kv
-    flops += config.num_encoder_layers * pair * encoder_length**2
-    flops += config.num_decoder_layers * pair * decoder_length * (decoder_length + encoder_length)
-    head = model.embedding if config.tie_embeddings else model.head
-    assert isinstance(head, nn.Module)
-    return flops + 2 * sum(p.numel() for p in head.parameters()) * decoder_length
+    flops = []
+    for stack, length, keys in (
+        (model.encoder, encoder_length, encoder_length),
+        (model.decoder, decoder_length, decoder_length + encoder_length),
+    ):
+        for block in stack.blocks:
+            flops.append(2 * _matmul_weights(block) * length + pair * length * keys)
+    return flops
 
 
-def _matmul_weights(stack: Stack) -> int:
+def head_flops(config: ModelConfig, decoder_length: int) -> int:
+    """`forward_flops` of the logits."""
+    return 2 * config.vocab_size * config.d_model * decoder_length
+
+
+def _matmul_weights(block: Block) -> int:
     """Weights of the linear maps that one token passes."""
     total = 0
-    for module in stack.modules():
-        assert not isinstance(module, Head)
+    for module in block.modules():
         if isinstance(module, Linear):
             total += module.weight.numel()
         elif isinstance(module, GroupedLinear):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megaswitch.layers.attention import KeyValues, padding_bias
+from megaswitch.layers.vocab import join_logits
 from megaswitch.model.switch_transformer import RouterLosses, SwitchTransformer
 
 
@@ -63,7 +64,8 @@ def encode(model: SwitchTransformer, tokens: Tensor, mask: Tensor | None) -> Sou
     """Run the encoder over `tokens` [B, Le] int64; `mask` [B, Le] bool is True on real tokens."""
     # Dropless, so that a text depends on its own prompt alone; HF's capacity is per row anyway.
     rows = 1 if model.config.moe.capacity_mode == "hf" else None
-    memory = model.encoder(model.embedding(tokens), mask, rows, None, RouterLosses())
+    x = model.embedding(tokens)
+    memory = model.encoder(x, tokens.shape, mask, rows, None, RouterLosses())
     return Source(memory, mask, rows)
 
 
@@ -113,7 +115,7 @@ class CachedDecoder:
                 self._memory_bias,
                 past,
             )
-        return model.logits(model.decoder.final_norm(x))[:, -1]
+        return _all_logits(model, model.decoder.final_norm(x))
 
     def select(self, rows: Tensor) -> None:
         """Go on with row rows[i], [B·beams] int64, of the same encoder row, as row i."""
@@ -143,6 +145,7 @@ class PrefixDecoder:
         model, source = self._model, self._source
         hidden = model.decoder(
             model.embedding(self._tokens),
+            self._tokens.shape,
             None,
             source.rows_per_group,
             None,
@@ -150,8 +153,14 @@ class PrefixDecoder:
             source.memory,
             source.mask,
         )
-        return model.logits(hidden[:, -1:])[:, 0]
+        return _all_logits(model, hidden[:, -1:])
 
     def select(self, rows: Tensor) -> None:
         """Go on with row rows[i], [B·beams] int64, as row i."""
         self._tokens = self._tokens[rows]
+
+
+def _all_logits(model: SwitchTransformer, hidden: Tensor) -> Tensor:
+    """[B, V] of hidden [B, 1, d_model]."""
+    logits = model.logits(hidden, hidden.shape[:2])[:, 0]
+    return join_logits(logits, model.config.vocab_size, model.tp)

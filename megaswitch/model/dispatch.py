@@ -70,6 +70,11 @@ class Dispatch:
         ends = _segment_starts(sorted_key, num_experts + 1)[1:]
         return cls(order=order, inverse=_inverse(order), ends=ends.int())
 
+    def counts(self) -> Tensor:
+        """[E] int64, rows of each expert."""
+        ends = self.ends.long()
+        return torch.diff(ends, prepend=ends.new_zeros(1))
+
     def gather(self, x: Tensor) -> Tensor:
         """Token rows x [N, d] in expert order."""
         return _Permute.apply(x, self.order, self.inverse)

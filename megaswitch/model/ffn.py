@@ -6,10 +6,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaswitch.config import ModelConfig
-from megaswitch.layers.linear import GroupedLinear, Linear
-from megaswitch.layers.noise import Noise, dropout
-from megaswitch.layers.parameter import scaled
+from megaswitch.layers.linear import GroupedLinear, Linear, grouped_linear
+from megaswitch.layers.noise import Noise, draw, drop
+from megaswitch.layers.parameter import local, scaled
 from megaswitch.model.dispatch import Dispatch
+from megaswitch.parallel import expert_parallel, tensor_parallel
+from megaswitch.parallel.expert_parallel import ExpertParallel
+from megaswitch.parallel.tensor_parallel import TensorParallel
 
 
 def activate(inner: Tensor, gate: Tensor | None) -> Tensor:
@@ -18,11 +21,17 @@ def activate(inner: Tensor, gate: Tensor | None) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """wo(dropout(act(wi x))): `wi` for ReLU, `wi_0` (gate) and `wi_1` for gated GELU."""
+    """wo(dropout(act(wi x))): `wi` for ReLU, `wi_0` (gate) and `wi_1` for gated GELU.
+
+    A tensor-parallel rank has some of the d_ff hidden units, and gives its term of the output.
+    """
+
+    tp: TensorParallel = tensor_parallel.ALONE
 
     def __init__(self, config: ModelConfig, site: str) -> None:
         super().__init__()
         self.dropout = config.dropout
+        self.d_ff = config.d_ff
         self.site = site
         self.gated = config.activation == "gated-gelu"
         first = scaled(config.init_scale, config.d_model)
@@ -37,11 +46,23 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor, noise: Noise | None) -> Tensor:
         """Map x [B, L, d_model] to the same shape."""
         inner = activate(self.wi_1(x), self.wi_0(x)) if self.gated else activate(self.wi(x), None)
-        return self.wo(dropout(inner, self.dropout, self.site, noise))
+        if noise is not None and self.dropout:
+            rows, length, _ = inner.shape
+            columns = self.tp.part(self.d_ff)
+            tokens = slice(0, rows * length)
+            draws = noise.for_tokens(self.site, tokens, length, columns, self.d_ff)
+            inner = drop(inner, draws, self.dropout)
+        return self.wo(inner)
 
 
 class Experts(nn.Module):
-    """E feed-forward networks over tokens sorted by expert. Weights are [E, out, in]."""
+    """E feed-forward networks over tokens sorted by expert. Weights are [E, out, in].
+
+    An expert-parallel rank has some of the experts, a tensor-parallel one a slice of each.
+    """
+
+    tp: TensorParallel = tensor_parallel.ALONE
+    ep: ExpertParallel = expert_parallel.ALONE
 
     def __init__(self, config: ModelConfig, site: str) -> None:
         super().__init__()
@@ -61,20 +82,55 @@ class Experts(nn.Module):
         shape = (moe.num_experts, config.d_ff, config.d_model)
         self.wo = GroupedLinear(*shape, shard="row", init=last)
 
-    def forward(self, x: Tensor, dispatch: Dispatch, noise: Noise | None) -> Tensor:
-        """Map rows x [N, d_model] in `dispatch`'s order to the same shape; dropped rows give 0."""
-        ends = dispatch.ends
-        if self.gated:
-            inner = activate(self.wi_1(x, ends), self.wi_0(x, ends))
-        else:
-            inner = activate(self.wi(x, ends), None)
-        if noise is not None and self.dropout:
-            inner = inner * self._dropout_factors(noise, dispatch).to(inner.dtype)
-        return self.wo(inner, ends)
+    def forward(
+        self, x: Tensor, dispatch: Dispatch, slots: int | None, noise: Noise | None
+    ) -> Tensor:
+        """Map rows in `dispatch`'s order to the same shape; dropped rows give 0.
 
-    def _dropout_factors(self, noise: Noise, dispatch: Dispatch) -> Tensor:
-        """[N, d_ff], drawn by the tokens' places in the batch, not by their expert's rows."""
-        rows = len(noise.samples)
-        shape = (rows, len(dispatch.order) // rows, self.d_ff)
-        keep = noise.uniform(self.site, shape).flatten(0, 1) >= self.dropout
-        return keep.index_select(0, dispatch.order) / (1.0 - self.dropout)
+        Args:
+            x: [N, d_model]; [N, d_model/tp] if experts lie on several ranks.
+            dispatch: of N tokens.
+            slots: most rows of any expert; None: not limited.
+            noise: randomness of a training step, or None.
+        """
+        keys = None
+        if noise is not None and self.dropout:
+            length = len(dispatch.order) // len(noise.samples)
+            keys = noise.token_keys(self.site, length, self.d_ff)[dispatch.order]
+        if self.ep.size == 1:
+            return self._apply_experts(x, dispatch.ends, keys, self._weights(1)[0])
+        # Batches of evaluation may differ in rows, so there the ranks' slots would too.
+        shipment = self.ep.ship(dispatch.counts(), slots if self.training else None)
+        arriving = [shipment.send(part, i) for i, part in enumerate(shipment.pack(x))]
+        arriving_keys = None if keys is None else shipment.keys(keys)
+        returning = []
+        for i, weights in enumerate(self._weights(self.ep.chunks)):
+            here = Dispatch.by_expert(*shipment.contents(i), shipment.experts)
+            rows = self.tp.gather_features(here.gather(arriving[i].land()))
+            own = None if arriving_keys is None else arriving_keys[i][here.order]
+            y = self.tp.scatter_features(self._apply_experts(rows, here.ends, own, weights))
+            returning.append(shipment.send_back(here.restore(y), i))
+        return shipment.unpack([flight.land() for flight in returning])
+
+    def _weights(self, chunks: int) -> list[dict[str, Tensor]]:
+        """The stacks by name, cut into chunks of experts once: see `grouped_linear`."""
+        names = ("wi_0", "wi_1", "wo") if self.gated else ("wi", "wo")
+        whole = {name: local(getattr(self, name).weight) for name in names}
+        if chunks == 1:
+            return [whole]
+        parts = {name: w.split(len(w) // chunks) for name, w in whole.items()}
+        return [{name: part[i] for name, part in parts.items()} for i in range(chunks)]
+
+    def _apply_experts(
+        self, x: Tensor, ends: Tensor, keys: Tensor | None, weights: dict[str, Tensor]
+    ) -> Tensor:
+        """This rank's hidden units of some experts over rows x [N, d_model], keys [N]."""
+        if self.gated:
+            gate = grouped_linear(x, weights["wi_0"], ends)
+            inner = activate(grouped_linear(x, weights["wi_1"], ends), gate)
+        else:
+            inner = activate(grouped_linear(x, weights["wi"], ends), None)
+        if keys is not None:
+            # Drawn by the tokens' places in the batch, not by their expert's rows.
+            inner = drop(inner, draw(keys, self.tp.part(self.d_ff)), self.dropout)
+        return grouped_linear(inner, weights["wo"], ends)

@@ -17,6 +17,7 @@ from megaswitch.config import ModelConfig
 from megaswitch.layers.norm import at_least_fp32
 from megaswitch.layers.parameter import parameter, scaled
 from megaswitch.model.dispatch import queue_positions
+from megaswitch.parallel.tensor_parallel import ALONE, TensorParallel
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,14 @@ class Routing:
 
     Attributes:
         expert: [G, S] int64, the chosen expert (of dropped tokens too).
-        gate: [G, S] in at least fp32, the chosen expert's probability, not renormalised.
+        gate: in at least fp32, the chosen expert's probability, not renormalised: [G, S], or
+            [G·S/tp] of this rank's tokens.
         kept: [G, S] bool, False where the expert's slots were taken and, but in HF capacity mode,
             on padding.
-        probabilities: [G, S, E].
+        probabilities: [G, S, E], or [G·S/tp, E] of this rank's tokens.
         aux_loss: scalar, mean over groups of E·Σ f·P (1 when even).
         z_loss: scalar, mean over groups of mean log²Z.
+        slots: most tokens that any expert keeps of all groups; None: nothing is dropped.
     """
 
     expert: Tensor
@@ -56,6 +59,7 @@ class Routing:
     probabilities: Tensor
     aux_loss: Tensor
     z_loss: Tensor
+    slots: int | None
 
 
 def expert_capacity(group_tokens: int, num_experts: int, factor: float, minimum: int) -> int:
@@ -65,6 +69,8 @@ def expert_capacity(group_tokens: int, num_experts: int, factor: float, minimum:
 
 class SwitchRouter(nn.Module):
     """Top-1 routing (paper §2.1). `weight` [E, d_model]; computes in at least fp32."""
+
+    tp: TensorParallel = ALONE
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -76,9 +82,9 @@ class SwitchRouter(nn.Module):
         """Route.
 
         Args:
-            x: [G, S, d_model] in any floating dtype.
+            x: [G, S, d_model] in any floating dtype, or [G·S/tp, d_model] of this rank's tokens.
             groups: which tokens count.
-            jitter: [G, S, d_model] factors for the router's input in training, else None.
+            jitter: factors for the router's input in training, like x; else None.
         """
         with torch.autocast(x.device.type, enabled=False):
             wide = at_least_fp32(x)
@@ -87,38 +93,42 @@ class SwitchRouter(nn.Module):
             logits = F.linear(wide, self.weight.to(wide.dtype))
             probabilities = torch.softmax(logits, -1)
             gate, expert = probabilities.max(-1)
+            expert = self.tp.all_tokens(expert).view(groups.real.shape)
+            slots = self._slots(groups)
+            aux_loss, z_loss = self._losses(probabilities, logits, expert, groups)
             return Routing(
                 expert=expert,
                 gate=gate,
-                kept=self._kept(expert, groups),
+                kept=self._kept(expert, groups, slots),
                 probabilities=probabilities,
-                aux_loss=self._balance(probabilities, expert, groups),
-                z_loss=self._log_z(logits, groups),
+                aux_loss=aux_loss,
+                z_loss=z_loss,
+                slots=None if slots is None else sum(slots),
             )
 
-    def _kept(self, expert: Tensor, groups: TokenGroups) -> Tensor:
-        """[G, S] bool: the first tokens of each expert's queue, in token order."""
-        mode = self.config.capacity_mode
-        # HF routes padding like any other token; the paper's code masks it out of dispatch.
-        candidates = groups.exists if mode == "hf" else groups.real
-        if mode == "dropless" or not groups.limited:
-            return candidates
-        position = queue_positions(expert, candidates, self.config.num_experts)
-        return candidates & (position < self._capacity(groups))
-
-    def _capacity(self, groups: TokenGroups) -> Tensor | int:
-        """Slots per expert: one number, or [G, 1] when the last group has fewer rows."""
+    def _slots(self, groups: TokenGroups) -> list[int] | None:
+        """Slots per expert in each group; None without limit."""
         config = self.config
+        if config.capacity_mode == "dropless" or not groups.limited:
+            return None
         if config.capacity_mode == "hf":
-            return config.hf_capacity
+            return [config.hf_capacity] * len(groups.sizes)
         factor = config.train_capacity_factor if self.training else config.eval_capacity_factor
-        slots = [
+        return [
             expert_capacity(size, config.num_experts, factor, config.min_capacity)
             for size in groups.sizes
         ]
+
+    def _kept(self, expert: Tensor, groups: TokenGroups, slots: list[int] | None) -> Tensor:
+        """[G, S] bool: the first tokens of each expert's queue, in token order."""
+        # HF routes padding like any other token; the paper's code masks it out of dispatch.
+        candidates = groups.exists if self.config.capacity_mode == "hf" else groups.real
+        if slots is None:
+            return candidates
+        position = queue_positions(expert, candidates, self.config.num_experts)
         if len(set(slots)) == 1:
-            return slots[0]
-        return torch.tensor(slots, device=groups.real.device)[:, None]
+            return candidates & (position < slots[0])
+        return candidates & (position < torch.tensor(slots, device=expert.device)[:, None])
 
     def _counted(self, groups: TokenGroups, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """[G, S] weight of each token in its group's means, and [G] weight of each group."""
@@ -129,16 +139,41 @@ class SwitchRouter(nn.Module):
             counted, share = exists, real.sum(1) / exists.sum(1)
         return counted / counted.sum(1, keepdim=True).clamp(min=1), share
 
-    def _balance(self, probabilities: Tensor, expert: Tensor, groups: TokenGroups) -> Tensor:
-        """Mean over groups of E·Σ_e f_e·P_e, f before any drop (paper eq. 4-6, Mesh-TF)."""
-        weight, share = self._counted(groups, probabilities.dtype)
-        proxy = torch.einsum("gse,gs->ge", probabilities, weight)
-        density = torch.zeros_like(proxy).scatter_add_(1, expert, weight)
-        per_group = (density * proxy).sum(1) * self.config.num_experts
-        return (per_group * share).mean()
+    def _losses(
+        self, probabilities: Tensor, logits: Tensor, expert: Tensor, groups: TokenGroups
+    ) -> tuple[Tensor, Tensor]:
+        """The load-balancing loss and the router z-loss.
 
-    def _log_z(self, logits: Tensor, groups: TokenGroups) -> Tensor:
-        """Mean over groups of the mean of log²Z (ST-MoE's router z-loss)."""
-        weight, share = self._counted(groups, logits.dtype)
-        per_group = (torch.logsumexp(logits, -1).square() * weight).sum(1)
-        return (per_group * share).mean()
+        The first is the mean over groups of E·Σ_e f_e·P_e, f before any drop (paper eq. 4-6,
+        Mesh-TF), the second the mean over groups of the mean of log²Z (ST-MoE).
+        """
+        weight, share = self._counted(groups, probabilities.dtype)
+        squares = torch.logsumexp(logits, -1).square()
+        if probabilities.ndim == 3:
+            proxy = torch.einsum("gse,gs->ge", probabilities, weight)
+            per_group = (squares * weight).sum(1)
+        else:
+            proxy, per_group = self._sums_of_all_ranks(probabilities, squares, weight)
+        density = torch.zeros_like(proxy).scatter_add_(1, expert, weight)
+        balance = (density * proxy).sum(1) * self.config.num_experts
+        return (balance * share).mean(), (per_group * share).mean()
+
+    def _sums_of_all_ranks(
+        self, probabilities: Tensor, squares: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted sums over each group, whose tokens lie on several ranks.
+
+        Args:
+            probabilities: [N, E] of this rank's tokens.
+            squares: [N].
+            weight: [G, S].
+
+        Returns:
+            [G, E] and [G].
+        """
+        tokens = self.tp.tokens(probabilities, weight.numel())
+        group = torch.arange(weight.numel(), device=weight.device)[tokens] // weight.shape[1]
+        terms = torch.cat([probabilities, squares[:, None]], 1) * weight.flatten()[tokens, None]
+        sums = terms.new_zeros(len(weight), terms.shape[1]).index_add(0, group, terms)
+        sums = self.tp.sum_terms(sums)
+        return sums[:, :-1], sums[:, -1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from megaswitch.layers.parameter import Init, initialize, scaled
 from megaswitch.layers.vocab import Embedding, Head, tied_logits
 from megaswitch.model.blocks import Block
 from megaswitch.model.router import Routing
+from megaswitch.parallel.tensor_parallel import ALONE, TensorParallel
 
 
 @dataclass(frozen=True)
@@ -36,19 +37,48 @@ class LayerRouting:
     entropy: Tensor
 
 
+class Activations(NamedTuple):
+    """What flows through the layers: [B, Le, d_model] and [B, Ld, d_model].
+
+    Under sequence parallelism, of this rank's tokens: [B·Le/tp, d_model] and [B·Ld/tp, d_model].
+    """
+
+    encoder: Tensor
+    decoder: Tensor
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every layer knows of a batch.
+
+    Attributes:
+        encoder_shape: (B, Le).
+        decoder_shape: (B, Ld).
+        encoder_mask: [B, Le] bool, True on real tokens; None: all are.
+        decoder_mask: [B, Ld] likewise.
+        noise: randomness of a training step, or None.
+    """
+
+    encoder_shape: torch.Size
+    decoder_shape: torch.Size
+    encoder_mask: Tensor | None
+    decoder_mask: Tensor | None
+    noise: Noise | None
+
+
 @dataclass(frozen=True)
 class SwitchOutput:
     """What a forward pass gives.
 
     Attributes:
-        logits: [B, Ld, V].
-        encoder_hidden: [B, Le, d_model], after the final norm.
+        logits: [B, Ld, V], or of this rank's rows of the vocabulary; None from layers below.
+        encoder_hidden: [B, Le, d_model], after the final norm; or of this rank's tokens.
         aux_loss: scalar, load-balancing loss reduced over layers, before its weight α.
         z_loss: scalar, router z-loss reduced over layers, before its weight.
         routing: per Switch layer, by name (`encoder.1.ffn`), detached.
     """
 
-    logits: Tensor
+    logits: Tensor | None
     encoder_hidden: Tensor
     aux_loss: Tensor
     z_loss: Tensor
@@ -63,19 +93,22 @@ class RouterLosses:
     z: list[Tensor] = field(default_factory=list)
     routing: dict[str, LayerRouting] = field(default_factory=dict)
 
-    def add(self, name: str, routing: Routing, mask: Tensor) -> None:
+    def add(self, name: str, routing: Routing, mask: Tensor, tp: TensorParallel) -> None:
         """Record `routing` of the layer `name` over rows like `mask` [B, L]."""
         self.aux.append(routing.aux_loss)
         self.z.append(routing.z_loss)
         with torch.no_grad():
             entropy = torch.special.entr(routing.probabilities).sum(-1)
-            fields = (routing.expert, routing.gate, routing.kept, entropy)
+            gate, entropy = tp.all_tokens(routing.gate), tp.all_tokens(entropy)
+            fields = (routing.expert, gate, routing.kept, entropy)
             flat = (t.detach().flatten()[: mask.numel()].view(mask.shape) for t in fields)
             self.routing[name] = LayerRouting(*flat)
 
 
 class Stack(nn.Module):
-    """One side of the model: relative bias, blocks, final norm."""
+    """One side of the model, or some of its layers: relative bias, blocks, final norm."""
+
+    tp: TensorParallel = ALONE
 
     def __init__(self, config: ModelConfig, name: Literal["encoder", "decoder"]) -> None:
         super().__init__()
@@ -100,9 +133,15 @@ class Stack(nn.Module):
         """The layers in order."""
         return [block for block in self.layers.values() if isinstance(block, Block)]
 
+    def start(self, x: Tensor, shape: torch.Size, noise: Noise | None) -> Tensor:
+        """What the first block gets of the embedded tokens x of `shape` (B, L)."""
+        site = f"{self.name}.embedding"
+        return dropout(x, self.dropout, site, noise, tp=self.tp, length=shape[1])
+
     def forward(
         self,
         x: Tensor,
+        shape: torch.Size,
         mask: Tensor | None,
         rows_per_group: int | None,
         noise: Noise | None,
@@ -110,11 +149,11 @@ class Stack(nn.Module):
         memory: Tensor | None = None,
         memory_mask: Tensor | None = None,
     ) -> Tensor:
-        """Run the blocks over x [B, L, d_model]; masks [B, L] bool are True on real tokens.
+        """Run the blocks over x, activations of `shape` (B, L); masks are True on real tokens.
 
         `memory` may have fewer rows than x, and `rows_per_group` be None: see `Block`.
         """
-        length = x.shape[1]
+        length = shape[1]
         bias = self.relative_bias(length, length)
         hidden = None if mask is None else padding_bias(mask, bias.dtype)
         if self.name == "decoder":
@@ -124,8 +163,7 @@ class Stack(nn.Module):
         if hidden is not None:
             bias = bias + hidden
         memory_bias = None if memory_mask is None else padding_bias(memory_mask, bias.dtype)
-        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
-        x = dropout(x, self.dropout, f"{self.name}.embedding", noise)
+        real = torch.ones(shape, dtype=torch.bool, device=x.device) if mask is None else mask
         for index, block in self.layers.items():
             arguments = (x, real, bias, rows_per_group, noise, memory, memory_bias)
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -136,8 +174,17 @@ class Stack(nn.Module):
             else:
                 x, routing = block(*arguments)
             if routing is not None:
-                losses.add(f"{self.name}.{index}.ffn", routing, real)
-        return dropout(self.final_norm(x), self.dropout, f"{self.name}.out", noise)
+                losses.add(f"{self.name}.{index}.ffn", routing, real, self.tp)
+        if not hasattr(self, "final_norm"):  # the stack goes on at another pipeline stage
+            return x
+        site = f"{self.name}.out"
+        return dropout(self.final_norm(x), self.dropout, site, noise, tp=self.tp, length=length)
+
+
+def rows_per_group(config: ModelConfig, encoder_length: int) -> int:
+    """Whole rows in one routing group, when encoder rows have `encoder_length` tokens."""
+    moe = config.moe
+    return 1 if moe.capacity_mode == "hf" else max(1, moe.group_size // encoder_length)
 
 
 class SwitchTransformer(nn.Module):
@@ -146,6 +193,8 @@ class SwitchTransformer(nn.Module):
     Build it under `torch.device(...)`; parameters are unfilled until `initialize` or a checkpoint
     fills them.
     """
+
+    tp: TensorParallel = ALONE
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -159,18 +208,14 @@ class SwitchTransformer(nn.Module):
 
     def initialize(self, seed: int) -> SwitchTransformer:
         """Fill all parameters, each from its own stream of `seed`, and return the model."""
-        initialize(self, seed)
+        named = self.named_parameters()
+        initialize(((name, p, p.init) for name, p in named), seed)  # type: ignore[attr-defined]
         return self
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Keep only each block's input for the backward pass and compute the rest again."""
         self.encoder.activation_checkpointing = enabled
         self.decoder.activation_checkpointing = enabled
-
-    def rows_per_group(self, encoder_length: int) -> int:
-        """Whole rows in one routing group, when encoder rows have `encoder_length` tokens."""
-        moe = self.config.moe
-        return 1 if moe.capacity_mode == "hf" else max(1, moe.group_size // encoder_length)
 
     def forward(
         self,
@@ -195,30 +240,62 @@ class SwitchTransformer(nn.Module):
             noise = None
         elif noise is None:
             noise = Noise.from_torch(len(encoder_tokens), encoder_tokens.device)
+        shapes = (encoder_tokens.shape, decoder_tokens.shape)
+        inputs = Inputs(*shapes, encoder_mask, decoder_mask, noise)
         losses = RouterLosses()
-        rows = self.rows_per_group(encoder_tokens.shape[1])
-        memory = self.encoder(self.embedding(encoder_tokens), encoder_mask, rows, noise, losses)
-        hidden = self.decoder(
-            self.embedding(decoder_tokens), decoder_mask, rows, noise, losses, memory, encoder_mask
-        )
+        embedded = self.embed(encoder_tokens, decoder_tokens, noise)
+        memory, hidden = self.advance(embedded, inputs, losses)
         return SwitchOutput(
-            self.logits(hidden),
+            self.logits(hidden, decoder_tokens.shape),
             memory,
-            self._reduce(losses.aux),
-            self._reduce(losses.z),
+            self.reduce(losses.aux),
+            self.reduce(losses.z),
             losses.routing,
         )
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [B, L, V] of the decoder's output [B, L, d_model]."""
+    def embed(
+        self, encoder_tokens: Tensor, decoder_tokens: Tensor, noise: Noise | None
+    ) -> Activations:
+        """What the first layers get of tokens [B, Le] and [B, Ld]."""
+        return Activations(
+            *(
+                stack.start(self.embedding(tokens), tokens.shape, noise)
+                for stack, tokens in (
+                    (self.encoder, encoder_tokens),
+                    (self.decoder, decoder_tokens),
+                )
+            )
+        )
+
+    def advance(self, x: Activations, inputs: Inputs, losses: RouterLosses) -> Activations:
+        """Run all the layers there are, which add to `losses`."""
+        encoder, decoder = x
+        noise = inputs.noise
+        rows = rows_per_group(self.config, inputs.encoder_shape[1])
+        if self.encoder.layers:
+            encoder = self.encoder(
+                encoder, inputs.encoder_shape, inputs.encoder_mask, rows, noise, losses
+            )
+        if self.decoder.layers:
+            memory = self.tp.enter(encoder, inputs.encoder_shape)
+            masks = (inputs.decoder_mask, inputs.encoder_mask)
+            decoder = self.decoder(
+                decoder, inputs.decoder_shape, masks[0], rows, noise, losses, memory, masks[1]
+            )
+        return Activations(encoder, decoder)
+
+    def logits(self, hidden: Tensor, shape: torch.Size) -> Tensor:
+        """Logits [B, L, V], or of this rank's rows, of the decoder's output of `shape` (B, L)."""
+        hidden = self.tp.enter(hidden, shape)
         if self.config.tie_embeddings:
             return tied_logits(hidden, self.embedding)
         logits: Tensor = self.head(hidden)
         return logits
 
-    def _reduce(self, per_layer: list[Tensor]) -> Tensor:
-        """Reduce a loss over layers: summed as Mesh-TF, or averaged as T5X."""
+    def reduce(self, per_layer: list[Tensor]) -> Tensor:
+        """Reduce a loss over the layers here: summed as Mesh-TF, or for T5X's mean over all."""
         if not per_layer:
-            return torch.zeros((), device=self.embedding.weight.device)
-        stacked = torch.stack(per_layer)
-        return stacked.sum() if self.config.moe.aux_loss_reduction == "sum" else stacked.mean()
+            return torch.zeros((), device=next(self.parameters()).device)
+        total = torch.stack(per_layer).sum()
+        by_sum = self.config.moe.aux_loss_reduction == "sum"
+        return total if by_sum else total / len(self.config.switch_layers())

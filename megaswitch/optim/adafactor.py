@@ -7,9 +7,7 @@ treatment of experts as a batch of separate parameters follows t5x's `adafactor.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any, Literal
 
@@ -17,92 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from megaswitch.log import UserError
+from megaswitch.optim.adafactor_math import (
+    Buffers,
+    Slices,
+    advance,
+    apply_update,
+    mean_of_rows,
+    mean_square,
+    remember,
+    row_factor_of,
+    scratch_like,
+)
+from megaswitch.optim.sharded_adafactor import ShardedUpdate, update_together
 from megaswitch.parallel.shard import spec_of
+from megaswitch.parallel.weights import block_of
 
 ExpertStatistics = Literal["per-expert", "joint"]
-
-# Bytes of work memory. On a CPU, a step over a big stack is bound by page faults on fresh memory
-# and by cache misses, so the stack is walked in pieces that stay in the last-level cache. On a GPU
-# the allocator caches and only the number of kernel launches matters.
-_SCRATCH_BYTES_CPU = 8 << 20
-_SCRATCH_BYTES_ACCELERATOR = 256 << 20
-
-
-@dataclass(frozen=True)
-class _Slices:
-    """Parameters of one shape, with what belongs to them, stacked along dimension 0.
-
-    A stacked expert parameter has one slice per expert, any other parameter has one slice.
-
-    Attributes:
-        parameter: [slices, rows, columns].
-        gradient: [slices, rows, columns].
-        row: [slices, rows], mean squared gradient of each row, if factored.
-        column: [slices, columns], mean squared gradient of each column, if factored.
-        moment: [slices, rows, columns], mean squared gradient, if not factored.
-    """
-
-    parameter: Tensor
-    gradient: Tensor
-    row: Tensor | None
-    column: Tensor | None
-    moment: Tensor | None
-
-    def chunks(self, elements: int) -> Iterator[_Slices]:
-        """Runs of whole slices with at most `elements` elements, but never less than one slice."""
-        count, rows, columns = self.parameter.shape
-        length = max(1, elements // (rows * columns))
-        for start in range(0, count, length):
-            run = slice(start, start + length)
-            yield _Slices(
-                self.parameter[run],
-                self.gradient[run],
-                None if self.row is None else self.row[run],
-                None if self.column is None else self.column[run],
-                None if self.moment is None else self.moment[run],
-            )
-
-    def accumulate(self, beta2: float, epsilon1: float, scratch: Tensor) -> None:
-        """Move the second moments towards the squared gradient; overwrites `scratch`."""
-        torch.mul(self.gradient, self.gradient, out=scratch)
-        if self.moment is not None:
-            self.moment.lerp_(scratch.add_(epsilon1), 1.0 - beta2)
-            return
-        assert self.row is not None
-        assert self.column is not None
-        self.row.lerp_(scratch.mean(dim=-1).add_(epsilon1), 1.0 - beta2)
-        self.column.lerp_(scratch.mean(dim=-2).add_(epsilon1), 1.0 - beta2)
-
-    def precondition(self, scratch: Tensor) -> Tensor:
-        """Gradient over root second moment, left as `scratch` times the returned factor.
-
-        The row factor stays apart so that it can be multiplied with the other scales of the step
-        while it is small: that saves a pass over the whole parameter.
-
-        Args:
-            scratch: [slices, rows, columns], overwritten.
-
-        Returns:
-            [slices, rows, 1], or [slices, 1, 1] if not factored.
-        """
-        if self.moment is not None:
-            torch.rsqrt(self.moment, out=scratch).mul_(self.gradient)
-            return self.moment.new_ones(len(self.moment), 1, 1)
-        assert self.row is not None
-        assert self.column is not None
-        torch.mul(self.gradient, self.column.rsqrt().unsqueeze(-2), out=scratch)
-        # Mean-square gradients factor as row × column / mean, the mean taken once, with the rows.
-        return (self.row / self.row.mean(dim=-1, keepdim=True)).rsqrt_().unsqueeze(-1)
-
-
-def _mean_square(matrix: Tensor, row_factor: Tensor) -> Tensor:
-    """Mean square of `matrix * row_factor` for each slice, shape [slices].
-
-    Row norms come first because torch splits a reduction to a single number among threads, but
-    never a row: a slice then has the same sum alone and in a stack.
-    """
-    norms = torch.linalg.vector_norm(matrix, dim=-1, dtype=row_factor.dtype)
-    return norms.mul_(row_factor.squeeze(-1)).square_().mean(dim=-1).div_(matrix.shape[-1])
 
 
 class Adafactor(torch.optim.Optimizer):
@@ -126,8 +54,11 @@ class Adafactor(torch.optim.Optimizer):
 
     **Experts.** A parameter whose `ShardSpec.is_expert` is true is a stack of parameters, one per
     index of dimension 0. With "per-expert" each slice gets exactly the update that it would get as
-    a parameter of its own (t5x). With "joint" one RMS(U) and one RMS(W), over all the experts that
-    this process holds, serve all of them (Mesh-TF). The moments are per expert in both modes.
+    a parameter of its own (t5x). With "joint" one RMS(U) and one RMS(W), over all the experts,
+    serve all of them (Mesh-TF). The moments are per expert in both modes.
+
+    **Ranks.** A parameter may be a rank's block of a global one (`megaswitch.parallel.weights`).
+    Its update is that of the global parameter, and its states are blocks too.
 
     Statistics are kept in the parameter's dtype, but at least in float32, under the names `row`
     and `column` (its shape without the last or the last but one dimension) or `moment` (its shape),
@@ -185,6 +116,8 @@ class Adafactor(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient.
 
+        Parameters that ranks divide must all have one; their ranks call this together.
+
         Args:
             closure: recomputes and returns the loss; called with gradients enabled.
 
@@ -195,11 +128,16 @@ class Adafactor(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        buffers: Buffers = {}
+        sharded: list[ShardedUpdate] = []
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
+                if not block_of(parameter).is_whole:
+                    state = self._state(parameter, group)
+                    sharded.append(ShardedUpdate(parameter, group, state, buffers))
+                elif parameter.grad is not None:
                     self._update(parameter, group, buffers)
+        update_together(sharded)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -213,34 +151,24 @@ class Adafactor(torch.optim.Optimizer):
                 if value.dtype != self.state[parameter][name].dtype:
                     self.state[parameter][name] = value.to(parameter.device, copy=True)
 
-    def _update(
-        self,
-        parameter: nn.Parameter,
-        group: dict[str, Any],
-        buffers: dict[tuple[torch.device, torch.dtype], Tensor],
-    ) -> None:
-        """Update one parameter in place; work memory is taken from `buffers` and left there."""
-        step = self._state(parameter, group)["step"]
-        beta2 = 1.0 - (step.item() + 1.0) ** -group["decay_exponent"]
-        step += 1
-        slices = self._slices(parameter)
-        limit = _SCRATCH_BYTES_CPU if parameter.device.type == "cpu" else _SCRATCH_BYTES_ACCELERATOR
-        chunks = list(slices.chunks(limit // slices.gradient.element_size()))
-        scratch = _scratch(buffers, chunks[0].gradient)
+    def _update(self, parameter: nn.Parameter, group: dict[str, Any], buffers: Buffers) -> None:
+        """Update one whole parameter in place; work memory is taken from `buffers`, left there."""
+        state = self._state(parameter, group)
+        beta2 = advance(state, group)
+        chunks = [chunk for _, chunk in Slices.of(parameter, state).chunks()]
 
         if group["expert_statistics"] == "joint":
             # Every chunk must be measured before the first is changed, so U is computed twice.
-            measured = [self._measure(chunk, group, beta2, scratch)[1:] for chunk in chunks]
+            measured = [_measure(chunk, group, beta2, buffers)[2:] for chunk in chunks]
             update_square, weight_square = (
                 torch.cat(parts).mean(dim=0, keepdim=True) for parts in zip(*measured, strict=True)
             )
             for chunk in chunks:
-                row_factor = chunk.precondition(scratch[: len(chunk.parameter)])
-                _apply(chunk, group, scratch, row_factor, update_square, weight_square)
+                scratch, row_factor = _precondition(chunk, buffers)
+                apply_update(chunk, group, scratch, row_factor, update_square, weight_square)
         else:
             for chunk in chunks:
-                factors = self._measure(chunk, group, beta2, scratch)
-                _apply(chunk, group, scratch, *factors)
+                apply_update(chunk, group, *_measure(chunk, group, beta2, buffers))
 
     def _state(self, parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Tensor]:
         """The parameter's state, made of zeros before its first step."""
@@ -248,8 +176,9 @@ class Adafactor(torch.optim.Optimizer):
         if state:
             return state
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        shape = parameter.shape
-        matrix = shape[1:] if spec_of(parameter).is_expert else shape
+        shape, matrix = parameter.shape, block_of(parameter).shape
+        if spec_of(parameter).is_expert:
+            matrix = matrix[1:]
 
         def zeros(*dimensions: int) -> Tensor:
             return torch.zeros(dimensions, dtype=dtype, device=parameter.device)
@@ -262,72 +191,27 @@ class Adafactor(torch.optim.Optimizer):
             state["moment"] = zeros(*shape)
         return state
 
-    def _slices(self, parameter: nn.Parameter) -> _Slices:
-        """Views of the parameter, its gradient (widened to the states' dtype) and its states."""
-        state = self.state[parameter]
-        assert parameter.is_contiguous(), "Adafactor updates contiguous parameters only"
-        assert parameter.grad is not None
-        is_expert = spec_of(parameter).is_expert
-        count = parameter.shape[0] if is_expert else 1
-        matrix = parameter.shape[1:] if is_expert else parameter.shape
-        columns = matrix[-1] if matrix else 1
-        shape = (count, math.prod(matrix[:-1]), columns)
-        row, column, moment = (state.get(name) for name in ("row", "column", "moment"))
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
-        return _Slices(
-            parameter.view(shape),
-            parameter.grad.to(dtype).reshape(shape),
-            None if row is None else row.view(shape[:2]),
-            None if column is None else column.view(count, columns),
-            None if moment is None else moment.view(shape),
-        )
 
-    def _measure(
-        self, chunk: _Slices, group: dict[str, Any], beta2: float, scratch: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Update the moments and compute U (see `precondition`) and the mean squares for scaling.
+def _measure(
+    chunk: Slices, group: dict[str, Any], beta2: float, buffers: Buffers
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Update the moments and compute U and the mean squares for scaling.
 
-        Returns:
-            Row factors of U [slices, rows or 1, 1], mean squares of U and W, each [slices].
-        """
-        scratch = scratch[: len(chunk.parameter)]
-        chunk.accumulate(beta2, group["epsilon1"], scratch)
-        row_factor = chunk.precondition(scratch)
-        ones = row_factor.new_ones(len(scratch), 1, 1)
-        update_square = _mean_square(scratch, row_factor)
-        return row_factor, update_square, _mean_square(chunk.parameter, ones)
-
-
-def _apply(
-    chunk: _Slices,
-    group: dict[str, Any],
-    scratch: Tensor,
-    row_factor: Tensor,
-    update_square: Tensor,
-    weight_square: Tensor,
-) -> None:
-    """Decay, clip, scale and subtract U.
-
-    Args:
-        chunk: what to update; only its parameter is touched.
-        group: the parameter group.
-        scratch: [at least slices, rows, columns], U without its row factor.
-        row_factor: [slices, rows or 1, 1].
-        update_square: mean square of U, [slices] or [1].
-        weight_square: mean square of the parameter, [slices] or [1].
+    Returns:
+        U without its row factor [slices, rows, columns], the row factor [slices, rows or 1, 1],
+        mean squares of U and W, each [slices].
     """
-    scale = group["lr"] / (update_square.sqrt() / group["clip_threshold"]).clamp_(min=1.0)
-    if group["scale_by_parameter"]:
-        scale *= weight_square.sqrt().clamp_(min=group["epsilon2"])
-    if group["weight_decay"] != 0.0:
-        chunk.parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
-    factor = row_factor * scale.view(-1, 1, 1)
-    chunk.parameter.addcmul_(scratch[: len(chunk.parameter)], factor, value=-1.0)
+    squares = chunk.mean_squares(scratch_like(chunk.gradient, buffers))
+    remember(chunk.moments(), squares, beta2, group["epsilon1"])
+    scratch, row_factor = _precondition(chunk, buffers)
+    update_square = mean_square(scratch, row_factor)
+    return scratch, row_factor, update_square, mean_square(chunk.parameter, chunk.ones())
 
 
-def _scratch(buffers: dict[tuple[torch.device, torch.dtype], Tensor], like: Tensor) -> Tensor:
-    """Uninitialised memory shaped as `like`, kept in `buffers` so that it is faulted in once."""
-    key = (like.device, like.dtype)
-    if key not in buffers or buffers[key].numel() < like.numel():
-        buffers[key] = like.new_empty(like.numel())
-    return buffers[key][: like.numel()].view(like.shape)
+def _precondition(chunk: Slices, buffers: Buffers) -> tuple[Tensor, Tensor]:
+    """U without its row factor, and the row factor."""
+    scratch = scratch_like(chunk.gradient, buffers)
+    chunk.precondition(scratch)
+    if chunk.row is None:
+        return scratch, chunk.ones()
+    return scratch, row_factor_of(chunk.row, mean_of_rows(chunk.row))

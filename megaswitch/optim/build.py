@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaswitch.log import UserError
 from megaswitch.optim.adafactor import Adafactor
 from megaswitch.parallel.shard import spec_of
+from megaswitch.parallel.weights import block_of
 
 if TYPE_CHECKING:
     from megaswitch.config import OptimConfig
+    from megaswitch.parallel.mesh import Mesh
 
 # Device types for which torch has a one-kernel AdamW; elsewhere torch chooses for itself.
 _FUSED_ADAMW_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
@@ -28,9 +32,14 @@ def build_optimizer(
     parameters is left out. What decays: see `decays`. The learning rate is `config.learning_rate`
     until `set_learning_rate` is called.
 
+    A block may be empty. It gets the same states as any other after the first step, so that all
+    ranks write the same names to a checkpoint: AdamW's `exp_avg` and `exp_avg_sq` are empty as the
+    block is; Adafactor's `row`, `column` and `moment` have the block's sizes in the dimensions that
+    they keep, so that `column` has values even where there are no rows.
+
     Args:
-        parameters: as from `module.parameters()`, each with a `ShardSpec`. Frozen ones
-            (`requires_grad` false) are left out.
+        parameters: as from `module.parameters()`, each with a `ShardSpec`, or a rank's blocks of
+            them. Frozen ones (`requires_grad` false) are left out.
         config: which optimizer, with which numbers.
 
     Raises:
@@ -90,19 +99,41 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], max_norm: float | None, mesh: Mesh | None = None
+) -> Tensor:
     """Scale all gradients, in place, so that their global norm is at most `max_norm`.
 
     Args:
-        parameters: those without a gradient are passed over.
+        parameters: those without a gradient are passed over. Among several ranks each is the
+            rank's block of a global parameter, and its gradient that of the global loss.
         max_norm: None measures only.
+        mesh: the ranks, which call this together; None: a process alone.
 
     Returns:
-        The 2-norm over all gradients before clipping, a scalar on their device. It is not finite if
-        one of them is not; judging that is left to the caller.
+        The 2-norm over all gradients before clipping, a scalar on their device, equal on all ranks.
+        It is not finite if one of them is not; judging that is left to the caller.
     """
     parameters = list(parameters)
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if mesh is None or mesh.group is None:
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    else:
+        norm = _global_norm(parameters, mesh)
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
+
+
+def _global_norm(parameters: list[nn.Parameter], mesh: Mesh) -> Tensor:
+    """Norm over the gradients of all ranks; what several hold alike counts once.
+
+    Norms of single gradients are taken in float32 at least, squared and summed in float64.
+    """
+    dtype = reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
+    counted = [p.grad for p in parameters if p.grad is not None and block_of(p).counts]
+    norms = [torch.linalg.vector_norm(gradient, dtype=dtype) for gradient in counted]
+    total = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    if norms:
+        total += torch.stack(norms).double().square().sum()
+    dist.all_reduce(total, group=mesh.group)
+    return total.sqrt_().to(dtype)

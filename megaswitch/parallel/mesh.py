@@ -1,23 +1,37 @@
-"""The ranks of a run: who we are, which device is ours, and what ranks say to each other.
+"""The ranks of a run: who we are, which device is ours, and the groups that ranks form.
 
-Started by torchrun, ranks form one data-parallel group (NCCL on GPUs, gloo on CPUs). A process
-started alone forms no group at all and every operation here costs nothing.
+Ranks stand in a grid (pp, edp, ep, tp), the last axis varying fastest: tensor-parallel neighbours
+are neighbours in the machine. Dense weights are replicated or sharded over dp = edp × ep, experts
+over edp alone. An axis of one rank has no group, and every operation over it costs nothing; a
+process started alone forms no group at all.
 """
 
 from __future__ import annotations
 
+import datetime as dt
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from megaswitch.config import ParallelConfig
 from megaswitch.log import UserError
+
+# Axes of the root mesh. `replica` and `shard` together are edp: copies of the experts, and under
+# ZeRO the ranks of one copy.
+_ROOT = ("pp", "replica", "shard", "ep", "tp")
+# Axes made of several; the order of their ranks is that of the grid.
+FLATTENED = {
+    "edp": ("replica", "shard"),
+    "dp": ("replica", "shard", "ep"),
+    "dense_shard": ("shard", "ep"),
+}
 
 
 def world_size() -> int:
@@ -51,44 +65,96 @@ def _environment(name: str, default: int) -> int:
 
 
 @dataclass(frozen=True)
+class Axis:
+    """The ranks along one axis of the grid that this rank belongs to.
+
+    Attributes:
+        name: "pp", "edp", "ep", "tp", "dp", "world" or a part of these.
+        rank: this rank's place among them, from 0.
+        size: how many they are.
+        group: None if there is only one.
+    """
+
+    name: str
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
 class Mesh:
     """This process's place among the ranks.
 
     Attributes:
         rank: from 0.
-        size: number of ranks; all of them are data-parallel.
+        size: number of ranks.
         device: where this rank computes.
-        group: the data-parallel group, or None for a single process.
+        group: of all ranks, or None for a single process.
+        devices: the grid, or None for a single process.
+        axes: by name.
     """
 
     rank: int
     size: int
     device: torch.device
     group: dist.ProcessGroup | None
+    devices: DeviceMesh | None = None
+    axes: dict[str, Axis] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, device: str) -> Mesh:
-        """Choose the device and join the group.
+    def start(cls, device: str, parallel: ParallelConfig | None = None) -> Mesh:
+        """Choose the device and join the groups.
 
         Args:
             device: "cpu", "cuda", or "auto" for CUDA where there is one.
+            parallel: the layout, already checked against the number of ranks; None: all ranks are
+                data-parallel.
 
         Raises:
             UserError: CUDA was asked for and is not there, or there are more ranks than GPUs.
         """
+        parallel = parallel or ParallelConfig()
         size, rank = world_size(), _environment("RANK", 0)
         chosen = _device(device)
         if size == 1:
             return cls(0, 1, chosen, None)
         try:
-            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+            dist.init_process_group(
+                "nccl" if chosen.type == "cuda" else "gloo",
+                timeout=dt.timedelta(seconds=parallel.timeout),
+            )
         except (ValueError, RuntimeError) as error:
             raise UserError(
                 f"rank {rank} of {size} could not join the others: {error}. Start with torchrun, "
                 "and check that all nodes reach MASTER_ADDR:MASTER_PORT"
             ) from error
-        mesh = init_device_mesh(chosen.type, (size,), mesh_dim_names=("dp",))
-        return cls(rank, size, chosen, mesh.get_group("dp"))
+        return cls.over_ranks(chosen, parallel)
+
+    @classmethod
+    def over_ranks(cls, device: torch.device, parallel: ParallelConfig) -> Mesh:
+        """Lay the grid over the ranks that have joined already."""
+        size, rank = dist.get_world_size(), dist.get_rank()
+        edp = size // (parallel.pp * parallel.ep * parallel.tp)
+        replicas = parallel.replicas if parallel.zero != "none" else edp
+        shape = (parallel.pp, replicas, edp // replicas, parallel.ep, parallel.tp)
+        devices = init_device_mesh(device.type, shape, mesh_dim_names=_ROOT)
+        for name, parts in FLATTENED.items():
+            devices[parts]._flatten(name)
+        axes = {"world": Axis("world", rank, size, dist.group.WORLD)}
+        for name in (*_ROOT, *FLATTENED):
+            sub = devices[name]
+            group = sub.get_group() if sub.size() > 1 else None
+            axes[name] = Axis(name, sub.get_local_rank(), sub.size(), group)
+        return cls(rank, size, device, dist.group.WORLD, devices, axes)
+
+    def axis(self, name: str) -> Axis:
+        """The axis of that name; of one rank in a single process."""
+        return self.axes.get(name) or Axis(name)
+
+    @property
+    def dp(self) -> Axis:
+        """Ranks that read different data."""
+        return self.axis("dp")
 
     def stop(self) -> None:
         """Leave the group, all ranks together; not for a rank that failed, which just exits.
@@ -101,6 +167,16 @@ class Mesh:
             dist.destroy_process_group()
 
     def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum what ranks counted, in place, and return it.
+
+        Tensor-parallel ranks count the same things, so only the first of them contributes; pipeline
+        ranks count different layers.
+        """
+        if self.axis("tp").rank != 0:
+            tensor.zero_()
+        return self.sum_all_(tensor)
+
+    def sum_all_(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over all ranks, in place, and return it."""
         if self.group is not None:
             dist.all_reduce(tensor, group=self.group)

@@ -40,7 +40,12 @@ class ShardSpec:
 def declare(parameter: nn.Parameter, *axes: MeshAxis | None, is_bias: bool = False) -> nn.Parameter:
     """Attach a `ShardSpec` with one axis per dimension to `parameter` and return it."""
     assert len(axes) == parameter.ndim, f"{len(axes)} axes for {parameter.ndim} dimensions"
-    parameter.shard_spec = ShardSpec(axes, is_bias)  # type: ignore[attr-defined]
+    return declare_spec(parameter, ShardSpec(axes, is_bias))
+
+
+def declare_spec(parameter: nn.Parameter, spec: ShardSpec) -> nn.Parameter:
+    """Attach `spec` to `parameter` and return it; wrapping and copying drop attributes."""
+    parameter.shard_spec = spec  # type: ignore[attr-defined]
     return parameter
 
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from megaswitch.config import RunConfig
 from megaswitch.log import console, info
 from megaswitch.parallel.mesh import Mesh
+from megaswitch.parallel.table import layout_lines
 
 
 class Display:
@@ -36,6 +37,7 @@ class Display:
             f"{parameters:,} parameters · {config.model.moe.num_experts or 'no'} experts · "
             f"{mesh.size} × {mesh.device.type} · {config.train.precision} · {config.optim.name}"
         )
+        self.layout = list(layout_lines(config, mesh.size)) if mesh.size > 1 else []
         self.first_step: int | None = None
         # Steps of a large model may be minutes apart; rich would forget them after 30 seconds.
         self.progress = Progress(
@@ -46,7 +48,8 @@ class Display:
 
     def __enter__(self) -> Display:
         if not self.quiet:
-            info(self.header)
+            for line in (self.header, *self.layout):
+                info(line)
             if sys.stderr.isatty():
                 self.live = Live(self.progress, console=console(), refresh_per_second=4)
                 self.live.start()

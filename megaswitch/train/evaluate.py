@@ -10,7 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 
 from megaswitch.checkpoint.manager import (
@@ -20,17 +19,18 @@ from megaswitch.checkpoint.manager import (
     read_state,
     verify,
 )
-from megaswitch.config import RunConfig
+from megaswitch.config import ParallelConfig, RunConfig
 from megaswitch.data.indexed import CorpusMeta
 from megaswitch.data.sources import DataFile, Source, parse_data, tokenize_sources
 from megaswitch.data.span_corruption import span_shape
 from megaswitch.data.tokenizer import Tokenizer
 from megaswitch.log import UserError, info
 from megaswitch.model.count import count
-from megaswitch.model.switch_transformer import SwitchTransformer
+from megaswitch.model.switch_transformer import rows_per_group
 from megaswitch.parallel.mesh import Mesh
 from megaswitch.train.display import SampleProgress
-from megaswitch.train.objectives import PRECISIONS
+from megaswitch.train.parts import build_parts
+from megaswitch.train.runner import Runner
 from megaswitch.train.validation import Figures, Validation, measure, open_corpus
 
 
@@ -80,7 +80,10 @@ class Request:
         }
         try:
             return replace(
-                config, data=replace(config.data, **shape), train=replace(config.train, **train)
+                config,
+                data=replace(config.data, **shape),
+                train=replace(config.train, **train),
+                parallel=ParallelConfig(),
             )
         except ValidationError as error:
             wrong = (f"{d['loc'][0]} is {d['input']!r}: {d['msg']}" for d in error.errors())
@@ -128,11 +131,11 @@ def evaluate(request: Request, mesh: Mesh) -> Evaluation:
     _check_same("checkpoints", state, mesh)
     with mesh.together():
         config = request.applied(read_config(checkpoint))
-        with torch.device(mesh.device):
-            model = SwitchTransformer(config.model)
-        batch_size = _whole_groups(request.batch_size, config, model)
+        parts = build_parts(config, mesh, training=False)
+        batch_size = _whole_groups(request.batch_size, config)
         tokenizer = _tokenizer_of(checkpoint, files)
-    load_model_tensors(checkpoint, model, distributed=mesh.group is not None)
+    load_model_tensors(checkpoint, parts.weights, distributed=mesh.group is not None)
+    parts.train(False)
     with _corpora(files, tokenizer, config, request.by, mesh) as sources:
         with mesh.together():
             validations = _open(sources, config, tokenizer, request.samples, batch_size)
@@ -146,7 +149,7 @@ def evaluate(request: Request, mesh: Mesh) -> Evaluation:
         )
         with SampleProgress(samples, mesh) as progress:
             *each, total = measure(
-                model.eval(), validations, mesh, PRECISIONS[config.train.precision],
+                Runner(config, mesh, parts), validations,
                 total=True, advance=progress.advance,
             )  # fmt: skip
     names = [source.name for source in sources]
@@ -171,10 +174,10 @@ def _check_same(what: str, view: Any, mesh: Mesh) -> None:
         )
 
 
-def _whole_groups(batch_size: int | None, config: RunConfig, model: SwitchTransformer) -> int:
+def _whole_groups(batch_size: int | None, config: RunConfig) -> int:
     """The batch size asked for, or else the one of training, in whole routing groups."""
     length, moe = config.data.encoder_length, config.model.moe
-    rows = model.rows_per_group(length) if moe.num_experts else 1
+    rows = rows_per_group(config.model, length) if moe.num_experts else 1
     if batch_size is None:
         return -(-config.train.micro_batch_size // rows) * rows
     if batch_size % rows:

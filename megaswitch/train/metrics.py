@@ -18,7 +18,7 @@ from megaswitch.config import ModelConfig
 from megaswitch.files import lock, write_durably
 from megaswitch.layers.vocab import TokenLosses
 from megaswitch.log import warn
-from megaswitch.model.switch_transformer import LayerRouting, SwitchOutput
+from megaswitch.model.switch_transformer import Inputs, LayerRouting
 from megaswitch.parallel.mesh import Mesh
 
 # Dense bf16 tensor-core peaks, FLOP/s, from the vendors' data sheets; others are not guessed.
@@ -83,15 +83,16 @@ class RouterMeter:
         }
 
     @torch.no_grad()
-    def add(self, routing: Mapping[str, LayerRouting], masks: Mapping[str, Tensor | None]) -> None:
+    def add(self, routing: Mapping[str, LayerRouting], inputs: Inputs) -> None:
         """Count a batch.
 
         Args:
             routing: of each layer, by name.
-            masks: of each stack by name, [B, L] bool, True on real tokens; None: all are.
+            inputs: of the batch, with its masks.
         """
         for name, layer in routing.items():
-            mask = masks[name.split(".")[0]]
+            encoder = name.startswith("encoder")
+            mask = inputs.encoder_mask if encoder else inputs.decoder_mask
             real = torch.ones_like(layer.kept) if mask is None else mask
             ones = real.flatten().double()
             load = torch.zeros(self.num_experts, dtype=torch.float64, device=ones.device)
@@ -180,12 +181,16 @@ class LossMeter:
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def add(self, sums: TokenLosses, output: SwitchOutput) -> None:
-        """Count a micro-batch; its auxiliary loss counts by its rows."""
-        rows = len(output.logits)
-        values = (sums.cross_entropy, sums.tokens, sums.correct, output.aux_loss * rows)
-        row = torch.stack([torch.as_tensor(v).double() for v in values])
-        self.sums += torch.cat([row, row.new_full((1,), rows)])
+    def add(self, sums: TokenLosses | None, aux_loss: Tensor, rows: int) -> None:
+        """Count what some layers know of a micro-batch of `rows`.
+
+        The rows count where the token losses are known. The auxiliary loss counts by its rows.
+        """
+        self.sums[3] += aux_loss.double() * rows
+        if sums is not None:
+            values = (sums.cross_entropy, sums.tokens, sums.correct)
+            self.sums[:3] += torch.stack([v.double() for v in values])
+            self.sums[4] += rows
 
     def summary(self, mesh: Mesh) -> dict[str, float]:
         """Means over all ranks; the meter is emptied. `loss` is nats per target token."""

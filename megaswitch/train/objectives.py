@@ -15,7 +15,8 @@ from megaswitch.config import RunConfig
 from megaswitch.data.span_corruption import Seq2SeqBatch
 from megaswitch.layers.noise import Noise
 from megaswitch.layers.vocab import TokenLosses, token_losses
-from megaswitch.model.switch_transformer import SwitchOutput, SwitchTransformer
+from megaswitch.model.switch_transformer import Inputs, SwitchOutput, SwitchTransformer
+from megaswitch.parallel.tensor_parallel import ALONE, TensorParallel
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -33,60 +34,90 @@ class BatchSize:
     tokens: int
 
 
-def forward(
-    model: SwitchTransformer,
-    batch: Seq2SeqBatch,
-    device: torch.device,
-    precision: torch.dtype,
-    noise: Noise | None = None,
-) -> tuple[SwitchOutput, Seq2SeqBatch, dict[str, Tensor | None]]:
-    """Run a batch that lies on the CPU.
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of one forward pass, on the device.
 
-    Returns:
-        The output, the batch on `device`, and the stacks' masks as the model got them: None where
-        nothing is padded, which spares attention a mask. Asked on the CPU, where it costs nothing.
+    Attributes:
+        batch: its tensors.
+        inputs: what every layer knows of it. Masks are None where nothing is padded, which spares
+            attention a mask.
     """
-    padded = {
-        "encoder": not bool(batch.encoder_mask.all()),
-        "decoder": not bool(batch.decoder_mask.all()),
-    }
-    batch = batch.to(device)
-    masks = {
-        "encoder": batch.encoder_mask if padded["encoder"] else None,
-        "decoder": batch.decoder_mask if padded["decoder"] else None,
-    }
-    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        output = model(
+
+    batch: Seq2SeqBatch
+    inputs: Inputs
+
+    @classmethod
+    def of(cls, batch: Seq2SeqBatch, device: torch.device, noise: Noise | None) -> MicroBatch:
+        """From a batch that lies on the CPU, where asking about padding costs nothing."""
+        padded = [not bool(mask.all()) for mask in (batch.encoder_mask, batch.decoder_mask)]
+        batch = batch.to(device)
+        inputs = Inputs(
+            batch.encoder_tokens.shape,
+            batch.decoder_tokens.shape,
+            batch.encoder_mask if padded[0] else None,
+            batch.decoder_mask if padded[1] else None,
+            noise,
+        )
+        return cls(batch, inputs)
+
+    @property
+    def rows(self) -> int:
+        """Sequences."""
+        return len(self.batch.encoder_tokens)
+
+
+def forward(model: SwitchTransformer, micro: MicroBatch, precision: torch.dtype) -> SwitchOutput:
+    """Run the whole model over a micro-batch."""
+    batch, inputs = micro.batch, micro.inputs
+    with torch.autocast(
+        batch.encoder_tokens.device.type, precision, enabled=precision != torch.float32
+    ):
+        output: SwitchOutput = model(
             batch.encoder_tokens,
             batch.decoder_tokens,
-            encoder_mask=masks["encoder"],
-            decoder_mask=masks["decoder"],
-            noise=noise,
+            encoder_mask=inputs.encoder_mask,
+            decoder_mask=inputs.decoder_mask,
+            noise=inputs.noise,
         )
-    return output, batch, masks
+    return output
 
 
 def training_loss(
-    output: SwitchOutput, targets: Tensor, mask: Tensor, whole: BatchSize, config: RunConfig
-) -> tuple[Tensor, TokenLosses]:
-    """This micro-batch's share of the training loss.
+    output: SwitchOutput,
+    batch: Seq2SeqBatch,
+    whole: BatchSize,
+    config: RunConfig,
+    tp: TensorParallel = ALONE,
+) -> tuple[Tensor | None, TokenLosses | None]:
+    """This micro-batch's share of the training loss, as far as these layers add to it.
 
     Args:
-        output: of the model.
-        targets: [B, Ld] int64.
-        mask: [B, Ld] bool, True on the targets that count.
+        output: of the model, or of some layers, without logits.
+        batch: with the targets.
         whole: the global batch.
         config: weights of the terms.
+        tp: who has the logits of other rows of the vocabulary.
 
     Returns:
-        The scalar to call `backward` on, and the sums it came from.
+        The scalar to call `backward` on, and the token sums that it came from; None for what these
+        layers have not.
     """
-    sums = token_losses(output.logits, targets, mask)
-    tokens = sums.cross_entropy + config.train.logits_z_loss * sums.log_z_squared
-    loss = tokens / whole.tokens
+    loss = sums = None
+    if output.logits is not None:
+        sums = token_losses(
+            output.logits,
+            batch.decoder_targets,
+            batch.decoder_mask,
+            tp=tp,
+            vocab_size=config.model.vocab_size,
+        )
+        tokens = sums.cross_entropy + config.train.logits_z_loss * sums.log_z_squared
+        loss = tokens / whole.tokens
     moe = config.model.moe
-    if moe.num_experts:
+    if output.routing:
         router = moe.aux_loss_weight * output.aux_loss + moe.z_loss_weight * output.z_loss
         # A mean over this micro-batch's groups; whole groups make its weight its share of rows.
-        loss = loss + router * (len(targets) / whole.rows)
+        router = router * (len(batch.decoder_targets) / whole.rows)
+        loss = router if loss is None else loss + router
     return loss, sums

@@ -13,7 +13,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megaswitch.checkpoint.manager import (
     CheckpointManager,
@@ -28,21 +27,23 @@ from megaswitch.data.span_corruption import Seq2SeqBatch
 from megaswitch.data.tokenizer import Tokenizer
 from megaswitch.files import write_durably
 from megaswitch.layers.noise import Noise
+from megaswitch.layers.vocab import TokenLosses
 from megaswitch.log import UserError, info
 from megaswitch.model.count import count
-from megaswitch.model.switch_transformer import SwitchTransformer
+from megaswitch.model.switch_transformer import SwitchOutput
 from megaswitch.optim.build import build_optimizer, clip_gradients, set_learning_rate
 from megaswitch.optim.schedule import learning_rate
-from megaswitch.parallel.data_parallel import sum_gradients
 from megaswitch.parallel.mesh import Mesh
 from megaswitch.train.display import Display
 from megaswitch.train.metrics import LossMeter, MetricLog, RouterMeter, peak_flops
-from megaswitch.train.objectives import PRECISIONS, BatchSize, forward, training_loss
+from megaswitch.train.objectives import PRECISIONS, BatchSize, MicroBatch
+from megaswitch.train.parts import Parts, build_parts
+from megaswitch.train.runner import Runner
 from megaswitch.train.validation import Validation, open_corpus
 
 # Keys that a run may change when it goes on; the rest of the configuration is its identity.
 _MAY_CHANGE = (
-    *("model.preset", "data.train", "data.valid", "data.tokenizer", "checkpoint."),
+    *("model.preset", "data.train", "data.valid", "data.tokenizer", "checkpoint.", "parallel."),
     *("train.steps", "train.run_dir", "train.device", "train.micro_batch_size"),
     *("train.activation_checkpointing", "train.log_interval"),
     *("train.valid_interval", "train.valid_samples"),
@@ -55,7 +56,8 @@ class Trainer:
 
     config: RunConfig
     mesh: Mesh
-    model: SwitchTransformer
+    parts: Parts
+    runner: Runner
     optimizer: torch.optim.Optimizer
     loader: SpanCorruptionLoader
     validation: Validation | None
@@ -71,13 +73,16 @@ class Trainer:
         with mesh.together():
             loader = build_loader(config, "train")
             validation = build_validation(config)
-        with torch.device(mesh.device):
-            model = SwitchTransformer(config.model)
-        model.set_activation_checkpointing(config.train.activation_checkpointing)
-        optimizer = build_optimizer(model.parameters(), config.optim)
-        tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else None
+        lengths = (loader.encoder_length, loader.decoder_length)
+        with mesh.together():
+            parts = build_parts(config, mesh, lengths=lengths)
+        optimizer = build_optimizer(parts.parameters(), config.optim)
         manager = CheckpointManager(
-            run_dir, keep=config.checkpoint.keep, mesh=mesh, tokenizer=tokenizer
+            run_dir,
+            keep=config.checkpoint.keep,
+            mesh=mesh,
+            tokenizer=Path(config.data.tokenizer) if config.data.tokenizer else None,
+            background=config.checkpoint.background,
         )
         newest = next(reversed(checkpoints(manager.folder)), None)
         with mesh.together():
@@ -85,19 +90,21 @@ class Trainer:
             if newest:
                 check_resume(newest, config, loader)
         if newest:
-            state = manager.restore(newest, model, optimizer)
+            state = manager.restore(newest, parts.weights, optimizer)
             info(f"resuming from {newest}")
         else:
-            model.initialize(config.train.seed)
+            parts.initialize(config.train.seed)
             state = TrainState(step=0, samples=0, fingerprint=loader.fingerprint)
         with mesh.together():
             log = MetricLog(run_dir, state.step + 1) if mesh.rank == 0 else None
             if log:
                 write_durably(run_dir / "config.toml", to_toml(config))
+        parts.train()
         return cls(
             config=config,
             mesh=mesh,
-            model=model.train(),
+            parts=parts,
+            runner=Runner(config, mesh, parts),
             optimizer=optimizer,
             loader=loader,
             validation=validation,
@@ -165,15 +172,16 @@ class Trainer:
     ) -> tuple[float, bool]:
         """One optimizer step; returns the gradient norm and whether any rank wants to stop."""
         size = batch_size(self.config, self.state.samples)
-        share = size // self.mesh.size
-        start = self.state.samples + self.mesh.rank * share
+        share = size // self.mesh.dp.size
+        start = self.state.samples + self.mesh.dp.rank * share
         firsts = range(start, start + share, self.config.train.micro_batch_size)
         batches = self._batches(firsts)
         # One small sum tells every rank the global counts, whether one was asked to stop, and
         # whether one has failed where the others cannot see it.
         tokens = sum(int(batch.decoder_mask.sum()) for batch in batches)
-        flags = [tokens, int(stop), int(self.failure is not None)]
-        tokens, stops, failures = self.mesh.sum_(
+        reads_first = self.mesh.axis("pp").rank == self.mesh.axis("tp").rank == 0
+        flags = [tokens * reads_first, int(stop), int(self.failure is not None)]
+        tokens, stops, failures = self.mesh.sum_all_(
             torch.tensor(flags, device=self.mesh.device)
         ).tolist()
         if failures:
@@ -181,38 +189,32 @@ class Trainer:
                 if self.failure:
                     raise self.failure
         whole = BatchSize(rows=size, tokens=tokens)
-        loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        for batch in batches:
-            loss += self._backward(batch, whole, losses, router)
-        sum_gradients(self.model.parameters(), self.mesh)
-        norm = clip_gradients(self.model.parameters(), self.config.optim.clip_grad_norm).item()
+        micro = [MicroBatch.of(b, self.mesh.device, self._noise(b)) for b in batches]
+
+        def record(output: SwitchOutput, sums: TokenLosses | None, one: MicroBatch) -> None:
+            losses.add(sums, output.aux_loss.detach(), one.rows)
+            if router:
+                router.add(output.routing, one.inputs)
+
+        loss = self.runner.backward(micro, whole, record)
+        self.parts.gradients.finish()
+        norm = clip_gradients(
+            self.parts.parameters(), self.config.optim.clip_grad_norm, self.mesh
+        ).item()
         total = self.mesh.sum_(loss).item()
         if not math.isfinite(total) or not math.isfinite(norm):
             raise UserError(self._diverged(total, norm))
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.parts.gradients.clear()
         self.state = TrainState(
             self.state.step + 1, self.state.samples + size, self.state.fingerprint
         )
         return norm, bool(stops)
 
-    def _backward(
-        self, batch: Seq2SeqBatch, whole: BatchSize, losses: LossMeter, router: RouterMeter | None
-    ) -> Tensor:
-        """Forward and backward of one micro-batch; returns its share of the loss."""
-        precision = PRECISIONS[self.config.train.precision]
+    def _noise(self, batch: Seq2SeqBatch) -> Noise:
         samples = batch.sample_index.to(self.mesh.device)
-        noise = Noise(self.config.train.seed, self.state.step, samples)
-        output, batch, masks = forward(self.model, batch, self.mesh.device, precision, noise)
-        loss, sums = training_loss(
-            output, batch.decoder_targets, batch.decoder_mask, whole, self.config
-        )
-        loss.backward()
-        losses.add(sums, output)
-        if router:
-            router.add(output.routing, masks)
-        return loss.detach().double()
+        return Noise(self.config.train.seed, self.state.step, samples)
 
     def _batches(self, firsts: range) -> list[Seq2SeqBatch]:
         """The micro-batches that begin at these samples; a failure is kept for `_step`."""
@@ -224,8 +226,7 @@ class Trainer:
 
     def _validate(self, step: int, display: Display) -> None:
         assert self.validation
-        precision = PRECISIONS[self.config.train.precision]
-        metrics = self.validation.run(self.model, self.mesh, precision)
+        metrics = self.validation.run(self.runner)
         self._write(step, {f"valid/{key}": value for key, value in metrics.items()})
         display.validation(step, metrics)
 
@@ -241,7 +242,7 @@ class Trainer:
             )
 
     def _save(self) -> Path:
-        return self.checkpoints.save(self.config, self.state, self.model, self.optimizer)
+        return self.checkpoints.save(self.config, self.state, self.parts.weights, self.optimizer)
 
     def _training_flops_per_sequence(self) -> int:
         """Forward and backward; recomputed activations do not count as useful work."""

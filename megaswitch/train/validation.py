@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,12 +17,14 @@ from megaswitch.config import ModelConfig, RunConfig
 from megaswitch.data.indexed import TokenizerInfo
 from megaswitch.data.loader import SpanCorruptionLoader
 from megaswitch.data.span_corruption import EOS_ID, Seq2SeqBatch
-from megaswitch.layers.vocab import token_losses
-from megaswitch.model.switch_transformer import SwitchOutput, SwitchTransformer
+from megaswitch.layers.vocab import TokenLosses, token_losses
+from megaswitch.model.switch_transformer import SwitchOutput
 from megaswitch.parallel.mesh import Mesh
+from megaswitch.parallel.tensor_parallel import TensorParallel
 from megaswitch.train.memory import enough_memory
 from megaswitch.train.metrics import LayerLoad, LossMeter, RouterMeter, router_metrics
-from megaswitch.train.objectives import forward
+from megaswitch.train.objectives import MicroBatch
+from megaswitch.train.runner import Runner
 
 # Batches per rank between two looks at the other ranks: a failure is known to all that soon.
 _ROUND = 16
@@ -68,13 +69,13 @@ class Validation:
         self.samples = most if samples is None else min(samples, most)
         self.micro_batch_size = micro_batch_size
 
-    def run(self, model: SwitchTransformer, mesh: Mesh, precision: torch.dtype) -> dict[str, float]:
+    def run(self, runner: Runner) -> dict[str, float]:
         """Evaluate, spread over the ranks.
 
         Returns:
             `Figures.metrics` and `router_metrics`.
         """
-        (figures,) = measure(model, [self], mesh, precision)
+        (figures,) = measure(runner, [self])
         return figures.metrics | router_metrics(figures.router)
 
     def batches(self) -> Iterator[range]:
@@ -99,18 +100,20 @@ class _Tally:
         self.counts = torch.zeros(config.vocab_size, dtype=torch.float64, device=device)
 
     def add(
-        self,
-        output: SwitchOutput,
-        batch: Seq2SeqBatch,
-        content: Tensor,
-        masks: dict[str, Tensor | None],
+        self, output: SwitchOutput, micro: MicroBatch, content: Tensor, tp: TensorParallel
     ) -> None:
-        """Count a batch, `content` [B, Ld] of whose targets are text."""
-        targets = batch.decoder_targets
-        self.losses.add(token_losses(output.logits, targets, batch.decoder_mask), output)
-        self.content.add(token_losses(output.logits, targets, content), output)
-        self.counts.scatter_add_(0, targets.flatten(), content.flatten().double())
-        self.router.add(output.routing, masks)
+        """Count what some layers say of a batch, `content` [B, Ld] of whose targets are text."""
+        batch, rows = micro.batch, micro.rows
+        targets, logits = batch.decoder_targets, output.logits
+        self.router.add(output.routing, micro.inputs)
+        everything = text = None
+        if logits is not None:
+            words = self.counts.numel()
+            everything = token_losses(logits, targets, batch.decoder_mask, tp=tp, vocab_size=words)
+            text = token_losses(logits, targets, content, tp=tp, vocab_size=words)
+            self.counts.scatter_add_(0, targets.flatten(), content.flatten().double())
+        self.losses.add(everything, output.aux_loss, rows)
+        self.content.add(text, output.aux_loss, rows)
 
     def merge(self, other: _Tally) -> None:
         """Add the sums of `other`, which keeps them."""
@@ -137,63 +140,67 @@ class _Tally:
 
 
 def measure(
-    model: SwitchTransformer,
+    runner: Runner,
     sources: Sequence[Validation],
-    mesh: Mesh,
-    precision: torch.dtype,
     *,
     total: bool = False,
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[Figures]:
-    """Run `model`, in evaluation mode, over all sources.
+    """Run the model, in evaluation mode, over all sources.
 
-    The batches of all sources are dealt out to the ranks in turn; each is the same batch whatever
-    the number of ranks.
+    The batches of all sources are dealt out to the data-parallel ranks in turn; each is the same
+    batch whatever the number of ranks.
 
     Args:
-        model: left in the mode that it was in.
+        runner: whose model is left in the mode that it was in.
         sources: at least one.
-        mesh: the ranks.
-        precision: of the forward pass.
         total: append the figures of all sources together.
         advance: called with the number of samples of each batch that this rank has done.
 
     Raises:
         UserError: on every rank, if one cannot read its data or is out of memory.
     """
-    tallies = [_Tally(model.config, mesh.device) for _ in sources]
-    work = ((index, rows) for index, s in enumerate(sources) for rows in s.batches())
-    mine = islice(work, mesh.rank, None, mesh.size)
-    batches = sum(-(-s.samples // s.micro_batch_size) for s in sources)
-    training = model.training
-    model.eval()
+    mesh, model = runner.mesh, runner.config.model
+    tallies = [_Tally(model, mesh.device) for _ in sources]
+    work = [(index, rows) for index, s in enumerate(sources) for rows in s.batches()]
+    mine = work[mesh.dp.rank :: mesh.dp.size]
+    # Ranks that exchange tokens run equally many batches: the last ones perhaps to no account.
+    lonely = mesh.axis("ep").size == 1
+    passes = len(mine) if lonely else -(-len(work) // mesh.dp.size)
+    training = runner.parts.training
+    runner.parts.train(False)
     try:
-        for _ in range(0, batches, _ROUND * mesh.size):
+        for start in range(0, -(-len(work) // mesh.dp.size), _ROUND):
+            some = range(start, min(start + _ROUND, passes))
             with mesh.together():
-                for index, rows in islice(mine, _ROUND):
-                    _add(tallies[index], sources[index], rows, model, mesh.device, precision)
-                    advance(len(rows))
+                pieces = [mine[i] if i < len(mine) else work[0] for i in some]
+                batches = [sources[index].loader.batch(rows) for index, rows in pieces]
+            with mesh.together():
+                for i, (index, rows), batch in zip(some, pieces, batches, strict=True):
+                    counted = i < len(mine)
+                    _add(tallies[index] if counted else None, sources[index], batch, runner)
+                    advance(len(rows) if counted else 0)
     finally:
-        model.train(training)
+        runner.parts.train(training)
     if total:
-        tallies.append(_Tally(model.config, mesh.device))
+        tallies.append(_Tally(model, mesh.device))
         for tally in tallies[:-1]:
             tallies[-1].merge(tally)
     return [tally.figures(mesh) for tally in tallies]
 
 
-@torch.no_grad()
-def _add(
-    tally: _Tally,
-    source: Validation,
-    rows: range,
-    model: SwitchTransformer,
-    device: torch.device,
-    precision: torch.dtype,
-) -> None:
-    with enough_memory(f"{len(rows)} samples are too many for {device}; use a smaller batch"):
-        output, batch, masks = forward(model, source.loader.batch(rows), device, precision)
-        tally.add(output, batch, source.is_text(batch), masks)
+def _add(tally: _Tally | None, source: Validation, batch: Seq2SeqBatch, runner: Runner) -> None:
+    """Run a batch, and count it if there is a tally."""
+    device = runner.mesh.device
+    rows = len(batch.encoder_tokens)
+    content = source.is_text(batch).to(device)
+
+    def record(output: SwitchOutput, sums: TokenLosses | None, micro: MicroBatch) -> None:
+        if tally is not None:
+            tally.add(output, micro, content, runner.tp)
+
+    with enough_memory(f"{rows} samples are too many for {device}; use a smaller batch"):
+        runner.evaluate(MicroBatch.of(batch, device, None), record)
 
 
 def _entropy(counts: Tensor) -> float:

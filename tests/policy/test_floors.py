@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2] / "megaswitch"
 FLOORS = [
-    {"log", "files", "presets", "schema", "rules", "config"},
+    {"log", "files", "presets", "schema", "rules", "rules_parallel", "config"},
     {"parallel"},
     {"layers"},
     {"model", "data"},

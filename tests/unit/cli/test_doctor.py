@@ -5,12 +5,13 @@ import os
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 import megaswitch as package
 from megaswitch.cli import doctor_checks
 from megaswitch.cli.doctor_checks import Finding
-from tests.unit.cli.commands import megaswitch, printed, refusal, report
+from tests.unit.cli.commands import megaswitch, printed, refusal, report, run
 
 FOUND = {"version": "2", "gloo": True, "nccl": True, "cuda_build": "12.8", "nccl_version": "2.26.2"}
 
@@ -256,3 +257,30 @@ def test_json_of_a_report(monkeypatch, capsys):
     monkeypatch.setattr(doctor_checks, "check_everything", lambda: findings)
     found = report(capsys, "doctor")
     assert found["versions"]["python"] == {"value": "3.11", "text": "3.11 (x)", "remedy": None}
+
+
+# ---------------------------------------------------------------- layouts
+
+LAYOUT = ("doctor", "--layout", "examples/parallel/everything.toml")
+
+
+def test_a_layout_is_shown_without_any_rank(capsys):
+    out = printed(capsys, *LAYOUT, "--ranks", 16, "--parallel.zero=full")
+    first, head, *rows = out.splitlines()
+    assert first == "16 ranks = pp 2 × dp 4 × tp 2, dp = edp 2 × ep 2"
+    assert head.split() == ["axis", "size", "with", "rank", "0", "spread", "over", "it"]
+    assert [row.split()[0] for row in rows] == ["pp", "dp", "edp", "ep", "tp"]
+    found = report(capsys, *LAYOUT, "--ranks", 16)
+    assert found["ranks"] == 16
+    assert found["axes"]["edp"] == {"size": 2, "stride": 4, "spread": "copies of the experts"}
+
+
+def test_a_layout_that_does_not_fit_is_refused():
+    message = refusal(*LAYOUT, "--ranks", 12, "--parallel.tp=3")
+    assert "parallel.tp=3 must divide model.num_heads=4 (switch-tiny)" in message
+
+
+@pytest.mark.parametrize("words", [LAYOUT, ("doctor", "--ranks", "2"), ("doctor", "--jsn")])
+def test_options_that_make_no_sense(words):
+    with pytest.raises(click.UsageError):
+        run(*words)

@@ -214,7 +214,7 @@ def test_our_jitter_reaches_the_router_alone() -> None:
     ours(batch.encoder, batch.decoder, noise=Noise(7, 0, torch.arange(3)))
 
     x = seen["layer"][0]
-    gathered, dispatch, _ = seen["experts"]
+    gathered, dispatch, *_ = seen["experts"]
     assert torch.equal(gathered, x.flatten(0, 1)[dispatch.order])
     factors = seen["router"][2]
     assert 1 - jitter <= factors.min() < 1 - jitter / 2

@@ -71,8 +71,9 @@ def capacity_rounds_to_nearest(patch):
 def padding_takes_slots(patch):
     kept = SwitchRouter._kept
 
-    def mutated(self, expert, groups):
-        return kept(self, expert, dataclasses.replace(groups, real=groups.exists)) & groups.real
+    def mutated(self, expert, groups, slots):
+        filled = dataclasses.replace(groups, real=groups.exists)
+        return kept(self, expert, filled, slots) & groups.real
 
     patch.setattr(SwitchRouter, "_kept", mutated)
 
@@ -80,8 +81,8 @@ def padding_takes_slots(patch):
 def hf_mode_skips_padding(patch):
     kept = SwitchRouter._kept
 
-    def mutated(self, expert, groups):
-        return kept(self, expert, dataclasses.replace(groups, exists=groups.real))
+    def mutated(self, expert, groups, slots):
+        return kept(self, expert, dataclasses.replace(groups, exists=groups.real), slots)
 
     patch.setattr(SwitchRouter, "_kept", mutated)
 
@@ -97,30 +98,31 @@ def balance_of_kept_tokens_only(patch):
 
 
 def balance_over_all_groups_at_once(patch):
-    balance = SwitchRouter._balance
+    losses = SwitchRouter._losses
 
-    def mutated(self, probabilities, expert, groups):
+    def mutated(self, probabilities, logits, expert, groups):
         merged = dataclasses.replace(
             groups, exists=groups.exists.flatten()[None], real=groups.real.flatten()[None]
         )
-        return balance(self, probabilities.flatten(0, 1)[None], expert.flatten()[None], merged)
+        flat = (t.flatten(0, 1)[None] for t in (probabilities, logits, expert))
+        return losses(self, *flat, merged)
 
-    patch.setattr(SwitchRouter, "_balance", mutated)
+    patch.setattr(SwitchRouter, "_losses", mutated)
 
 
 def balance_not_scaled_by_the_real_share(patch):
-    balance = SwitchRouter._balance
+    losses = SwitchRouter._losses
 
-    def mutated(self, probabilities, expert, groups):
+    def mutated(self, probabilities, logits, expert, groups):
         filled = dataclasses.replace(groups, real=groups.exists)
-        return balance(self, probabilities, expert, filled)
+        return losses(self, probabilities, logits, expert, filled)
 
-    patch.setattr(SwitchRouter, "_balance", mutated)
+    patch.setattr(SwitchRouter, "_losses", mutated)
 
 
 def losses_averaged_over_layers(patch):
     """T5X."""
-    patch.setattr(SwitchTransformer, "_reduce", lambda self, losses: torch.stack(losses).mean())
+    patch.setattr(SwitchTransformer, "reduce", lambda self, losses: torch.stack(losses).mean())
 
 
 def gate_renormalised(patch):
@@ -150,9 +152,9 @@ def bf16_router(patch):
 def jitter_in_evaluation(patch):
     forward = Stack.forward
 
-    def mutated(self, x, mask, rows_per_group, noise, *rest):
+    def mutated(self, x, shape, mask, rows_per_group, noise, *rest):
         noise = noise or Noise(0, 0, torch.arange(len(x)))
-        return forward(self, x, mask, rows_per_group, noise, *rest)
+        return forward(self, x, shape, mask, rows_per_group, noise, *rest)
 
     patch.setattr(Stack, "forward", mutated)
 

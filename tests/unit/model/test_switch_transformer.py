@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megaswitch.layers.noise import Noise
-from megaswitch.model.switch_transformer import SwitchTransformer
+from megaswitch.model.switch_transformer import SwitchTransformer, rows_per_group
 from megaswitch.parallel.shard import spec_of
 from tests.unit.model.router_checks import layer, oracle, tiny_model
 
@@ -124,7 +124,7 @@ def test_splitting_a_group_does_matter():
 )
 def test_rows_per_group(mode, group_size, rows):
     model = tiny_model(moe={"capacity_mode": mode, "group_size": group_size})
-    assert model.rows_per_group(5) == rows
+    assert rows_per_group(model.config, 5) == rows
 
 
 # ---------------------------------------------------------------- causality and padding

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from megaswitch.log import UserError
-from megaswitch.optim import adafactor
+from megaswitch.optim import adafactor_math
 from megaswitch.optim.adafactor import Adafactor
 from megaswitch.parallel.shard import declare
 
@@ -125,7 +125,7 @@ def test_plain_parameters_match_the_reference(shape, factored, options):
 @pytest.mark.parametrize("shape", [(3, 6, 9), (3, 4, 9), (3, 7), (9, 6, 8)])
 @pytest.mark.parametrize("chunk_bytes", [1, 8 << 20])
 def test_stacks_match_the_reference(mode, shape, chunk_bytes, monkeypatch):
-    monkeypatch.setattr(adafactor, "_SCRATCH_BYTES_CPU", chunk_bytes)
+    monkeypatch.setattr(adafactor_math, "_SCRATCH_BYTES_CPU", chunk_bytes)
     sizes = torch.arange(1.0, shape[0] + 1).double().view(-1, *[1] * (len(shape) - 1))
     start = gradients(shape, 1, seed=1)[0] * sizes
     grads = [g * sizes.flip(0) for g in gradients(shape, 5)]
@@ -150,7 +150,7 @@ def test_the_modes_differ():
 @pytest.mark.parametrize("chunk_bytes", [1, 300_000, 8 << 20])
 def test_each_expert_is_a_parameter_of_its_own_to_the_bit(shape, chunk_bytes, monkeypatch):
     """Also: how the stack is cut into chunks changes nothing."""
-    monkeypatch.setattr(adafactor, "_SCRATCH_BYTES_CPU", chunk_bytes)
+    monkeypatch.setattr(adafactor_math, "_SCRATCH_BYTES_CPU", chunk_bytes)
     start = gradients(shape, 1, torch.float32, seed=1)[0]
     grads = gradients(shape, 4, torch.float32)
     stack, optimizer = run(start, grads, expert=True, weight_decay=0.1)
@@ -164,7 +164,7 @@ def test_each_expert_is_a_parameter_of_its_own_to_the_bit(shape, chunk_bytes, mo
 def test_joint_is_the_same_in_chunks(monkeypatch):
     start, grads = gradients((5, 130, 140), 1, seed=1)[0], gradients((5, 130, 140), 3)
     whole, _ = run(start, grads, expert=True, expert_statistics="joint")
-    monkeypatch.setattr(adafactor, "_SCRATCH_BYTES_CPU", 2 * 130 * 140 * 8)
+    monkeypatch.setattr(adafactor_math, "_SCRATCH_BYTES_CPU", 2 * 130 * 140 * 8)
     chunked, _ = run(start, grads, expert=True, expert_statistics="joint")
     assert torch.equal(whole, chunked)
 

@@ -1,0 +1,158 @@
+"""Parts of global tensors: which rank writes which, and the safetensors files they lie in.
+
+A file says where its parts belong in the way of `torch.distributed.checkpoint`, so that torch's
+`HuggingFaceStorageReader` reads our folders, and we read those that its writer made. We do not
+write through it: it copies all tensors twice to serialise them and keeps the interpreter's lock
+meanwhile, which stalls the training that a background save must not touch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+_PIECE_BYTES = 16 << 20  # summed and written at a time
+
+# Name, shape and offsets of a chunk, its sizes and its bytes: what other ranks need to know.
+Place = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of a global tensor that lies on this rank.
+
+    Attributes:
+        name: of the global tensor.
+        shape: of the global tensor.
+        offsets: of the part in it, per dimension.
+        tensor: the part.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    tensor: Tensor
+
+    @classmethod
+    def whole(cls, name: str, tensor: Tensor) -> Chunk:
+        """A tensor that is not divided."""
+        return cls(name, tuple(tensor.shape), (0,) * tensor.ndim, tensor)
+
+    @property
+    def place(self) -> Place:
+        """Everything but the values."""
+        sizes = tuple(self.tensor.shape)
+        return self.name, self.shape, self.offsets, sizes, self.tensor.nbytes
+
+
+def shares(held: Sequence[Sequence[Place]]) -> list[set[str]]:
+    """Share out the writing, so that each part is written once and ranks write about as much.
+
+    Args:
+        held: the parts that each rank holds, at most one of each tensor.
+
+    Returns:
+        for each rank, the names of the parts that it writes.
+    """
+    holders: dict[Place, list[int]] = defaultdict(list)
+    for rank, places in enumerate(held):
+        for place in places:
+            if math.prod(place[3]):
+                holders[place].append(rank)
+    _check_cover(holders)
+    load = [0] * len(held)
+    writes: list[set[str]] = [set() for _ in held]
+    for place in sorted(holders, key=lambda place: (-place[4], place)):
+        rank = min(holders[place], key=lambda rank: load[rank])
+        load[rank] += place[4]
+        writes[rank].add(place[0])
+    return writes
+
+
+def _check_cover(places: Iterable[Place]) -> None:
+    """The parts must make whole tensors; anything else is our own mistake."""
+    filled: dict[tuple[str, tuple[int, ...]], int] = defaultdict(int)
+    for name, shape, _, sizes, _ in places:
+        filled[name, shape] += math.prod(sizes)
+    names = Counter(name for name, _ in filled)
+    wrong = [
+        f"{name} {list(shape)}"
+        for (name, shape), count in filled.items()
+        if count != math.prod(shape) or names[name] > 1
+    ]
+    assert not wrong, f"the ranks' parts do not make whole tensors: {'; '.join(wrong[:5])}"
+
+
+def write_chunks(path: Path, chunks: Sequence[Chunk]) -> dict[str, Any]:
+    """Write a safetensors file; it is on disk when this returns.
+
+    Beside the tensors it needs memory for a piece of them, or for one tensor of another device.
+
+    Args:
+        path: of the file.
+        chunks: at most one of each tensor.
+
+    Returns:
+        the file's length in bytes and its SHA-256.
+    """
+    # Wide types first, so that every tensor is aligned to its type.
+    chunks = sorted(chunks, key=lambda c: (-c.tensor.element_size(), c.name))
+    head = _header(chunks)
+    digest, length = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        start = memoryview(len(head).to_bytes(8, "little") + head)
+        for data in chain([start], (_bytes(chunk.tensor) for chunk in chunks)):
+            for at in range(0, len(data), _PIECE_BYTES):
+                piece = data[at : at + _PIECE_BYTES]
+                # Both let other threads run meanwhile.
+                digest.update(piece)
+                file.write(piece)
+            length += len(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": length, "sha256": digest.hexdigest()}
+
+
+def _header(chunks: Sequence[Chunk]) -> bytes:
+    """The JSON that a safetensors file begins with, padded to a multiple of 8 bytes."""
+    places = {chunk.name: {"saved_offsets": chunk.offsets} for chunk in chunks}
+    head: dict[str, Any] = {
+        "__metadata__": {
+            "DCP_SHARDING_INFO": json.dumps(places),
+            "DCP_VERSION": "1.0",
+            "format": "pt",
+        }
+    }
+    start = 0
+    for chunk in chunks:
+        end = start + chunk.tensor.nbytes
+        head[chunk.name] = {
+            "dtype": _DTYPES[chunk.tensor.dtype],
+            "shape": list(chunk.tensor.shape),
+            "data_offsets": [start, end],
+        }
+        start = end
+    text = json.dumps(head, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The values as bytes; shares the memory of a contiguous tensor on the CPU."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

@@ -1,0 +1,128 @@
+"""What a checkpoint holds of a model and its optimizer: global tensors under lasting names.
+
+Parameters are `model.<name>`, optimizer states `optimizer.state.<name>.<key>`. Hyper-parameters are
+not among them: they come from the configuration.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megaswitch.checkpoint.chunks import Chunk
+from megaswitch.log import UserError
+from megaswitch.parallel.weights import Weight
+
+_STATE = "optimizer.state."
+# The states of a parameter that each optimizer may keep.
+_KEYS: dict[str, list[set[str]]] = {
+    "AdamW": [{"step", "exp_avg", "exp_avg_sq"}],
+    "Adafactor": [{"step", "moment"}, {"step", "row", "column"}],
+}
+# Statistics that lack a dimension of the parameter.
+_WITHOUT = {"row": -1, "column": -2}
+
+
+def model_chunks(model: nn.Module | Mapping[str, Weight]) -> list[Chunk]:
+    """The parameters of a whole model, or a rank's part of them."""
+    if isinstance(model, nn.Module):
+        return [Chunk.whole(f"model.{n}", p.detach()) for n, p in model.named_parameters()]
+    return [
+        Chunk(f"model.{w.name}", w.block.shape, w.block.offsets, w.local.detach())
+        for w in model.values()
+    ]
+
+
+def optimizer_chunks(
+    weights: Mapping[str, Weight], optimizer: torch.optim.Optimizer
+) -> list[Chunk]:
+    """The states of this rank's blocks; a block without elements has none worth keeping."""
+    return [
+        _state_chunk(weight, key, state)
+        for weight in weights.values()
+        if weight.local.numel()
+        for key, state in optimizer.state.get(weight.local, {}).items()
+    ]
+
+
+def _state_chunk(weight: Weight, key: str, state: Tensor) -> Chunk:
+    shape, offsets, _ = _state_block(weight, key)
+    return Chunk(f"{_STATE}{weight.name}.{key}", shape, offsets, state)
+
+
+def _state_block(weight: Weight, key: str) -> tuple[tuple[int, ...], ...]:
+    """Global shape, offsets and local sizes of a state."""
+    block = weight.block
+    dims = [] if key == "step" else list(range(len(block.shape)))
+    if key in _WITHOUT:
+        del dims[_WITHOUT[key]]
+    return tuple(tuple(v[d] for d in dims) for v in (block.shape, block.offsets, block.sizes))
+
+
+def _empty_state(weight: Weight, key: str, group: dict[str, Any]) -> Tensor:
+    """A state as the optimizer itself would make it: zeros of its type, where it wants them."""
+    local = weight.local
+    if key == "step":
+        on_device = group.get("fused") or group.get("capturable")
+        return torch.zeros((), dtype=torch.float32, device=local.device if on_device else "cpu")
+    wide = key in ("row", "column", "moment")  # Adafactor's are never narrower than float32
+    dtype = torch.promote_types(local.dtype, torch.float32) if wide else local.dtype
+    return torch.zeros(_state_block(weight, key)[2], dtype=dtype, device=local.device)
+
+
+def make_states(
+    weights: Mapping[str, Weight],
+    optimizer: torch.optim.Optimizer,
+    path: Path,
+    stored: Iterable[str],
+) -> list[Chunk]:
+    """Give every trained block the states that the checkpoint has for it, still to be filled.
+
+    Args:
+        weights: of this rank.
+        optimizer: over their blocks; what it knew before is forgotten.
+        path: of the checkpoint.
+        stored: names of the tensors that the checkpoint holds.
+
+    Returns:
+        the new states.
+
+    Raises:
+        UserError: a parameter has none there, or those of another optimizer.
+    """
+    kind = type(optimizer).__name__
+    found = _stored_keys(stored)
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    optimizer.state.clear()
+    chunks = []
+    for weight in weights.values():
+        if weight.local not in groups:
+            continue
+        keys = found.get(weight.name, [])
+        if set(keys) not in _KEYS[kind]:
+            wanted = " or ".join(", ".join(sorted(known)) for known in _KEYS[kind])
+            raise UserError(
+                f"checkpoint {path} keeps {', '.join(keys) or 'nothing'} of optimizer state for "
+                f"{weight.name}, and {kind} needs {wanted}; train on with the optimizer and the "
+                "trainable parameters that it was written with"
+            )
+        group = groups[weight.local]
+        states = {key: _empty_state(weight, key, group) for key in keys}
+        optimizer.state[weight.local] = states
+        chunks += [_state_chunk(weight, key, state) for key, state in states.items()]
+    return chunks
+
+
+def _stored_keys(names: Iterable[str]) -> dict[str, list[str]]:
+    """Keys of the stored optimizer states by parameter."""
+    keys: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        if name.startswith(_STATE):
+            parameter, _, key = name.removeprefix(_STATE).rpartition(".")
+            keys[parameter].append(key)
+    return keys

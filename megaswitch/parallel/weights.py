@@ -1,0 +1,162 @@
+"""A rank's weights: the global parameters, and the block of each that lies here.
+
+Modules hold parameters as torch wants them (plain tensors, or DTensors under tensor, expert or
+sharded data parallelism). Optimizers see plain local blocks of the same memory; checkpoints see
+global tensors. This table ties the three together, by global name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from megaswitch.parallel.mesh import Axis
+from megaswitch.parallel.shard import ShardSpec, declare_spec
+
+
+@dataclass(frozen=True)
+class Block:
+    """Where this rank's slice lies in a global tensor.
+
+    Attributes:
+        shape: of the global tensor.
+        offsets: of the slice, per dimension.
+        sizes: of the slice, per dimension; a slice may be empty.
+        axes: per dimension, the axes (of more than one rank) whose ranks divide it, outermost
+            first.
+        counts: True on exactly one of the ranks that hold the same slice.
+    """
+
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    axes: tuple[tuple[Axis, ...], ...]
+    counts: bool = True
+
+    @classmethod
+    def whole(cls, tensor: Tensor, *, counts: bool = True) -> Block:
+        """The block of a rank that holds all of `tensor`."""
+        shape = tuple(tensor.shape)
+        return cls(shape, (0,) * len(shape), shape, ((),) * len(shape), counts)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Index of the block in the global tensor."""
+        return tuple(slice(o, o + s) for o, s in zip(self.offsets, self.sizes, strict=True))
+
+    @property
+    def is_whole(self) -> bool:
+        """True if no dimension is divided."""
+        return not any(self.axes)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of this rank's part of the model.
+
+    Attributes:
+        name: in the whole model.
+        parameter: as its module holds it; a DTensor if it is sliced.
+        local: this rank's block of it, sharing its memory; `parameter` itself if that is plain.
+            It carries the parameter's `ShardSpec`, and `Block` as `block`.
+        spec: what its layer declared.
+        block: where `local` lies in the global tensor.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    local: nn.Parameter
+    spec: ShardSpec
+    block: Block
+
+    def placed(self, local: Tensor, without: int | None = None) -> Tensor:
+        """`local`, which is laid out as the block is, as a global tensor for checkpoints.
+
+        Args:
+            local: of the block's sizes, but for the dimension left out.
+            without: a dimension (negative: from the end) that `local` does not have.
+        """
+        parameter = self.parameter.data
+        if not isinstance(parameter, DTensor):
+            return local
+        shape = list(self.block.shape)
+        placements: list[Placement] = list(parameter.placements)
+        if without is not None:
+            gone = without % len(shape)
+            del shape[gone]
+            placements = [_without(p, gone) for p in placements]
+        return DTensor.from_local(
+            local,
+            parameter.device_mesh,
+            placements,
+            run_check=False,
+            shape=torch.Size(shape),
+            stride=strides(shape),
+        )
+
+
+def strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Of a contiguous tensor."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def _without(placement: Placement, gone: int) -> Placement:
+    """The placement of a tensor that lost dimension `gone`."""
+    if not placement.is_shard():
+        return placement
+    assert isinstance(placement, Shard)
+    if placement.dim == gone:
+        return Replicate()
+    moved = placement.dim - (placement.dim > gone)
+    if moved == placement.dim:
+        return placement
+    assert type(placement) is Shard, f"{placement} would move to another dimension"
+    return Shard(moved)
+
+
+def weight(
+    name: str, parameter: nn.Parameter, spec: ShardSpec, axes: Iterable[Axis], *, counts: bool
+) -> Weight:
+    """The table's entry for `parameter`.
+
+    Args:
+        name: in the whole model.
+        parameter: plain, or a DTensor.
+        spec: what its layer declared; attached again, since wrapping drops it.
+        axes: of the parameter's mesh, in its order, if it is a DTensor.
+        counts: whether a rank of this place counts it where it is not sliced.
+    """
+    declare_spec(parameter, spec)
+    data = parameter.data
+    if not isinstance(data, DTensor):
+        block = Block.whole(data, counts=counts)
+        parameter.block = block  # type: ignore[attr-defined]
+        return Weight(name, parameter, parameter, spec, block)
+    dims: list[list[Axis]] = [[] for _ in data.shape]
+    for axis, placement in zip(axes, data.placements, strict=True):
+        if placement.is_shard():
+            assert isinstance(placement, Shard) or hasattr(placement, "dim")
+            if axis.size > 1:
+                dims[placement.dim].append(axis)
+        elif axis.rank != 0:
+            counts = False
+    local = nn.Parameter(data.to_local(), requires_grad=parameter.requires_grad)
+    chunks = data.__create_chunk_list__()
+    offsets = tuple(chunks[0].offsets) if chunks else (0,) * data.ndim
+    block = Block(
+        tuple(data.shape), offsets, tuple(local.shape), tuple(tuple(a) for a in dims), counts
+    )
+    local.block = block  # type: ignore[attr-defined]
+    declare_spec(local, spec)
+    return Weight(name, parameter, local, spec, block)
+
+
+def block_of(parameter: nn.Parameter) -> Block:
+    """The block that `parameter`, a `Weight.local`, is; the whole of it where nobody said."""
+    block = getattr(parameter, "block", None)
+    return block if isinstance(block, Block) else Block.whole(parameter)

@@ -1,0 +1,165 @@
+"""Runs this rank's part of the model over micro-batches, with or without a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaswitch.config import RunConfig
+from megaswitch.layers.vocab import TokenLosses
+from megaswitch.model.stages import Stage, StageModule
+from megaswitch.model.switch_transformer import (
+    Activations,
+    RouterLosses,
+    SwitchOutput,
+    SwitchTransformer,
+)
+from megaswitch.parallel.mesh import Mesh
+from megaswitch.parallel.pipeline import Pipeline, attach
+from megaswitch.parallel.tensor_parallel import TensorParallel
+from megaswitch.train.objectives import PRECISIONS, BatchSize, MicroBatch, forward, training_loss
+from megaswitch.train.parts import Parts
+
+# Called with the output of each micro-batch (of some layers, in a pipeline) and its token sums.
+Record = Callable[[SwitchOutput, TokenLosses | None, MicroBatch], None]
+
+
+class Runner:
+    """Forward and backward passes of a run.
+
+    Args:
+        config: the run.
+        mesh: the ranks.
+        parts: this rank's layers.
+        precision: of forward passes; None: the run's.
+    """
+
+    def __init__(
+        self, config: RunConfig, mesh: Mesh, parts: Parts, precision: torch.dtype | None = None
+    ) -> None:
+        self.config, self.mesh, self.parts = config, mesh, parts
+        self.precision = precision or PRECISIONS[config.train.precision]
+        self.tp = TensorParallel(mesh.axis("tp"), config.parallel.sequence_parallel)
+        self.micro: Sequence[MicroBatch] = ()
+        self.whole = BatchSize(1, 1)
+        self.record: Record = _ignore
+        self._pipeline: Pipeline | None = None
+
+    @property
+    def has_pipeline(self) -> bool:
+        """Whether the layers lie on several ranks."""
+        return self.mesh.axis("pp").size > 1
+
+    def backward(self, micro: Sequence[MicroBatch], whole: BatchSize, record: Record) -> Tensor:
+        """Forward and backward over this rank's micro-batches of a step.
+
+        Gradients are left as the backward pass left them: see `GradientSums.finish`.
+
+        Returns:
+            Their share of the training loss, scalar fp64; in a pipeline, that of the last stage.
+        """
+        self.micro, self.whole, self.record = micro, whole, record
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        if self.has_pipeline:
+            loss = self._pipeline_for(micro[0]).train(len(micro))
+            return total if loss is None else loss.double()
+        overlap = self.config.parallel.overlap_gradients
+        for number, one in enumerate(micro):
+            output = forward(self.parts.models[0], one, self.precision)
+            loss, sums = training_loss(output, one.batch, whole, self.config, self.tp)
+            assert loss is not None
+            if overlap and number == len(micro) - 1:
+                self.parts.gradients.during_backward()
+            loss.backward()
+            record(output, sums, one)
+            total += loss.detach()
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, micro: MicroBatch, record: Record) -> None:
+        """Forward over one micro-batch, the layers in evaluation mode."""
+        self.micro, self.record = (micro,), record
+        if not self.has_pipeline:
+            output = forward(self.parts.models[0], micro, self.precision)
+            record(output, None, micro)
+            return
+        self._pipeline_for(micro).forward(0, self._carry(micro, parts=False))
+
+    def _pipeline_for(self, micro: MicroBatch) -> Pipeline:
+        """The pipeline, made at its first use: its buffers have a micro-batch's shapes."""
+        if self._pipeline is None:
+            for module in self.parts.modules.values():
+                module.body = self._run_stage
+            self._pipeline = Pipeline(
+                self.parts.modules,
+                len(self.parts.stages),
+                self.mesh.axis("pp"),
+                self.mesh.device,
+                self.config.parallel.schedule,
+                self._carry(micro, parts=self.tp.sequence and self.tp.size > 1),
+            )
+        return self._pipeline
+
+    def _carry(self, micro: MicroBatch, *, parts: bool) -> tuple[Tensor, ...]:
+        """Meta tensors like the activations between two stages."""
+        width = self.config.model.d_model
+        shapes = (micro.inputs.encoder_shape, micro.inputs.decoder_shape)
+        return tuple(
+            torch.empty(
+                (s.numel() // self.tp.size, width) if parts else (*s, width),
+                device="meta",
+                requires_grad=True,
+            )
+            for s in shapes
+        )
+
+    def _run_stage(self, module: StageModule, inputs: tuple[Tensor, ...], number: int) -> Any:
+        """From the activations of the stage before to the next one's, or the loss."""
+        micro, model, stage = self.micro[number], module.model, module.stage
+        x, losses, logits = self._run_layers(model, stage, inputs, micro)
+        output = SwitchOutput(
+            logits, x.encoder, model.reduce(losses.aux), model.reduce(losses.z), losses.routing
+        )
+        if not torch.is_grad_enabled():
+            self.record(output, None, micro)
+            return x
+        loss, sums = training_loss(output, micro.batch, self.whole, self.config, self.tp)
+        self.record(output, sums, micro)
+        if stage.last:
+            assert loss is not None
+            return loss[None]
+        # What passes through unchanged becomes a tensor of its own; an auxiliary loss rides on
+        # the stream that this stage worked on.
+        encoder, decoder = (t.view_as(t) for t in x)
+        if loss is None:
+            return encoder, decoder
+        if model.decoder.layers:
+            return encoder, attach(decoder, loss)
+        return attach(encoder, loss), decoder
+
+    def _run_layers(
+        self,
+        model: SwitchTransformer,
+        stage: Stage,
+        inputs: tuple[Tensor, ...],
+        micro: MicroBatch,
+    ) -> tuple[Activations, RouterLosses, Tensor | None]:
+        batch, losses = micro.batch, RouterLosses()
+        kind = batch.encoder_tokens.device.type
+        with torch.autocast(kind, self.precision, enabled=self.precision != torch.float32):
+            if stage.first:
+                tokens = (batch.encoder_tokens, batch.decoder_tokens)
+                x = model.embed(*tokens, micro.inputs.noise)
+            else:
+                x = Activations(*inputs)
+            x = model.advance(x, micro.inputs, losses)
+            shape = micro.inputs.decoder_shape
+            logits = model.logits(x.decoder, shape) if stage.last else None
+        return x, losses, logits
+
+
+def _ignore(output: SwitchOutput, sums: TokenLosses | None, micro: MicroBatch) -> None:
+    """Record nothing."""

@@ -1,0 +1,110 @@
+"""A rank that dies, hangs or fails ends all ranks, with one message that names it."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Rank 2 misbehaves in step 3, while the others wait for it in a sum. Like the trainer, ranks do not
+# die of the SIGTERM that torchrun sends when one of them has ended.
+SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+from megaswitch.config import ParallelConfig
+from megaswitch.log import UserError
+from megaswitch.parallel.collectives import terms_to_whole
+from megaswitch.parallel.mesh import Mesh
+from megaswitch.parallel.watchdog import watch
+
+kind, folder, timeout = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+mesh = Mesh.start("cpu", ParallelConfig(timeout=timeout, tp=2))
+signal.signal(signal.SIGTERM, lambda *arguments: None)
+(folder / str(mesh.rank)).write_text(str(os.getpid()))
+
+def misbehave():
+    if kind == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    while kind == "sleeps":
+        time.sleep(1)
+    while kind == "loops":
+        pass
+    if kind == "fails":
+        raise KeyError("a mistake")
+    if kind == "is slow":
+        time.sleep(timeout / 2)
+
+with watch(mesh, timeout) as watchdog:
+    for step in range(1, 6):
+        watchdog.at(step, "forward", limited=kind != "is slow")
+        if step == 3 and mesh.rank == 2:
+            misbehave()
+        if step == 3 and kind == "is refused":
+            raise UserError("a value; a rule; a remedy")
+        x = torch.ones(2, requires_grad=True)
+        y = terms_to_whole(x, mesh.axis("dp"))
+        terms_to_whole(y, mesh.axis("tp")).sum().backward()
+mesh.stop()
+"""
+
+
+def launch(folder: Path, kind: str, timeout: int) -> subprocess.CompletedProcess[str]:
+    """Run the script in four processes; fails if it lasts, or leaves one behind."""
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    process = subprocess.run(
+        [*torchrun, "--nproc-per-node=4", str(script), kind, str(folder), str(timeout)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=90,  # of which starting four processes takes most
+        check=False,
+    )
+    pids = [(folder / str(rank)).read_text() for rank in range(4)]
+    assert not any(Path("/proc", pid).exists() for pid in pids)
+    return process
+
+
+def messages(process: subprocess.CompletedProcess[str]) -> list[str]:
+    return re.findall("^error: the job ends: (.*)$", process.stderr, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [
+        ("dies", "does not answer (gone or stopped)"),
+        ("sleeps", "is in misbehave (script.py:20) at step 3 (forward)"),
+        ("loops", "is in misbehave (script.py:21) at step 3 (forward)"),
+        ("fails", "is in misbehave (script.py:24) at step 3 (forward)"),
+    ],
+)
+def test_one_message_names_the_rank_and_the_collective(tmp_path, kind, where):
+    process = launch(tmp_path, kind, timeout=8)
+    (message,) = messages(process)
+    assert process.returncode != 0
+    assert message.startswith(f"rank 2 {where}; ")
+    # Rank 0 waits for rank 2; 1 and 3 are done with each other and wait for 0 and 2.
+    assert "rank 0 waits in all_reduce over dp at step 3 (forward)" in message
+    assert "ranks 1, 3 wait in all_reduce over tp at step 3 (forward)" in message
+    assert re.search(r"\. Rank \d reports: .+$", message)
+    assert ("KeyError: 'a mistake'" in process.stderr.split("ChildFailedError")[0]) == (
+        kind == "fails"
+    )
+
+
+@pytest.mark.parametrize("kind", ["is slow", "behaves"])
+def test_a_healthy_job_hears_nothing(tmp_path, kind):
+    process = launch(tmp_path, kind, timeout=8)
+    assert process.returncode == 0, process.stderr
+    assert messages(process) == []
+
+
+def test_a_refusal_by_all_ranks_stays_what_it_is(tmp_path):
+    process = launch(tmp_path, "is refused", timeout=8)
+    assert process.returncode != 0
+    assert messages(process) == []
+    assert "a value; a rule; a remedy" in process.stderr
