@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from megaswitch.layers.deferred import WeightGradients, deferred_linear
 from megaswitch.layers.gradient_memory import GradientMemory
 from megaswitch.layers.parameter import Init, local, parameter
 
@@ -25,6 +28,8 @@ class Linear(nn.Module):
         shard: "column" slices the outputs over tp, "row" the inputs.
     """
 
+    later: WeightGradients | None = None  # where weight gradients are put off to
+
     def __init__(
         self, inputs: int, outputs: int, *, shard: Literal["column", "row"], init: Init
     ) -> None:
@@ -34,7 +39,10 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in] to [..., out]."""
-        return F.linear(x, local(self.weight))
+        weight = local(self.weight)
+        if self.later and torch.is_grad_enabled():
+            return deferred_linear(x, self.weight, weight, self.later)
+        return F.linear(x, weight)
 
 
 class GroupedLinear(nn.Module):
@@ -43,6 +51,8 @@ class GroupedLinear(nn.Module):
     Args:
         shard: "column" slices each expert's outputs over tp, "row" its inputs.
     """
+
+    later: WeightGradients | None = None  # where weight gradients are put off to
 
     def __init__(
         self,
@@ -60,16 +70,51 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """Map rows [N, in] to [N, out]; see `grouped_linear`."""
-        return grouped_linear(x, local(self.weight), ends)
+        return self.chunks(1)[0](x, ends)
+
+    def chunks(self, number: int) -> list[Callable[[Tensor, Tensor], Tensor]]:
+        """Maps like `forward`, each of a run of this rank's experts.
+
+        The stack is cut once: a slice taken in each of several places would each have a gradient of
+        the whole stack's size.
+        """
+        stack = local(self.weight)
+        size = len(stack) // number
+        if self.later and torch.is_grad_enabled():
+            parts = stack.detach().split(size)
+            defer = [_Deferral(self.later, self.weight, i * size, size) for i in range(number)]
+            return [_map(part, d) for part, d in zip(parts, defer, strict=True)]
+        return [_map(part) for part in ((stack,) if number == 1 else stack.split(size))]
 
 
-def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def _map(weight: Tensor, defer: _Deferral | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, ends: grouped_linear(x, weight, ends, defer)
+
+
+@dataclass(frozen=True)
+class _Deferral:
+    """Where the gradient of experts first … first + experts goes, later."""
+
+    later: WeightGradients
+    parameter: Tensor
+    first: int
+    experts: int
+
+    def put_off(self, compute: Callable[[], Tensor]) -> None:
+        rows = slice(self.first, self.first + self.experts)
+        self.later.put_off(self.parameter, rows, compute)
+
+
+def grouped_linear(
+    x: Tensor, weight: Tensor, ends: Tensor, defer: _Deferral | None = None
+) -> Tensor:
     """Apply expert e's matrix to rows ends[e-1] … ends[e] of `x`; rows past ends[-1] give zero.
 
     Args:
         x: [N, in], sorted by expert. N is a multiple of nothing.
         weight: [E, out, in].
         ends: [E] int32, cumulative row counts.
+        defer: takes care of the weight's gradient instead of autograd.
 
     Returns:
         [N, out] in `x`'s dtype, or in autocast's.
@@ -79,7 +124,9 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype(kind)
         x, weight = x.to(dtype), weight.to(dtype)
     if kind == "cpu":
-        return _SlicedLinear.apply(x, weight, ends)
+        return _SlicedLinear.apply(x, weight, ends, defer)
+    if defer:
+        return _DeferredGroupedLinear.apply(x, weight, ends, defer)
     return _grouped_mm(x, weight, ends)
 
 
@@ -95,6 +142,26 @@ def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return torch.where(filled, y, 0.0)
 
 
+class _DeferredGroupedLinear(torch.autograd.Function):
+    """`_grouped_mm` whose weight gradient is put off."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor, defer: _Deferral) -> Tensor:
+        ctx.save_for_backward(x, weight, ends)
+        ctx.defer = defer
+        return _grouped_mm(x, weight, ends)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        x, weight, ends = ctx.saved_tensors
+        filled = (torch.arange(len(x), device=x.device) < ends[-1])[:, None]
+        rows, grad_rows = torch.where(filled, x, 0.0), torch.where(filled, grad, 0.0)
+        offsets = torch.cat([ends[:-1], ends.new_full((1,), len(x))])
+        ctx.defer.put_off(lambda: F.grouped_mm(grad_rows.t(), rows, offs=offsets))
+        return _grouped_mm(grad, weight.transpose(1, 2), ends), None, None, None
+
+
 class _SlicedLinear(torch.autograd.Function):
     """Grouped linear as one GEMM a slice, written straight into the result.
 
@@ -103,10 +170,12 @@ class _SlicedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, ends: Tensor, defer: _Deferral | None
+    ) -> Tensor:
         bounds = [0, *ends.tolist()]
         ctx.save_for_backward(x, weight)
-        ctx.bounds = bounds
+        ctx.bounds, ctx.defer = bounds, defer
         y = x.new_empty(len(x), weight.shape[1])
         for expert, rows in _occupied(bounds):
             torch.mm(x[rows], weight[expert].t(), out=y[rows])
@@ -115,7 +184,7 @@ class _SlicedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         bounds = ctx.bounds
         grad = grad.contiguous()
@@ -125,12 +194,19 @@ class _SlicedLinear(torch.autograd.Function):
             for expert, rows in _occupied(bounds):
                 torch.mm(grad[rows], weight[expert], out=x_grad[rows])
             x_grad[bounds[-1] :].zero_()
-        if ctx.needs_input_grad[1]:
-            weight_grad = _MEMORY.empty_like(weight)
-            for expert, (start, end) in enumerate(itertools.pairwise(bounds)):
-                # An expert without rows still gets its zeros.
-                torch.mm(grad[start:end].t(), x[start:end], out=weight_grad[expert])
-        return x_grad, weight_grad, None
+        if ctx.defer:
+            ctx.defer.put_off(lambda: _stack_gradient(x, grad, bounds, weight))
+        elif ctx.needs_input_grad[1]:
+            weight_grad = _stack_gradient(x, grad, bounds, weight)
+        return x_grad, weight_grad, None, None
+
+
+def _stack_gradient(x: Tensor, grad: Tensor, bounds: list[int], weight: Tensor) -> Tensor:
+    """Σ grad xᵀ over each expert's rows; an expert without rows still gets its zeros."""
+    result = _MEMORY.empty_like(weight)
+    for expert, (start, end) in enumerate(itertools.pairwise(bounds)):
+        torch.mm(grad[start:end].t(), x[start:end], out=result[expert])
+    return result
 
 
 def _occupied(bounds: list[int]) -> list[tuple[int, slice]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaswitch.config import ModelConfig
-from megaswitch.layers.linear import GroupedLinear, Linear, grouped_linear
+from megaswitch.layers.linear import GroupedLinear, Linear
 from megaswitch.layers.noise import Noise, draw, drop
-from megaswitch.layers.parameter import local, scaled
+from megaswitch.layers.parameter import scaled
 from megaswitch.model.dispatch import Dispatch
 from megaswitch.parallel import expert_parallel, tensor_parallel
 from megaswitch.parallel.expert_parallel import ExpertParallel
@@ -98,39 +100,39 @@ class Experts(nn.Module):
             length = len(dispatch.order) // len(noise.samples)
             keys = noise.token_keys(self.site, length, self.d_ff)[dispatch.order]
         if self.ep.size == 1:
-            return self._apply_experts(x, dispatch.ends, keys, self._weights(1)[0])
+            return self._apply_experts(x, dispatch.ends, keys, self._maps(1)[0])
         # Batches of evaluation may differ in rows, so there the ranks' slots would too.
         shipment = self.ep.ship(dispatch.counts(), slots if self.training else None)
         arriving = [shipment.send(part, i) for i, part in enumerate(shipment.pack(x))]
         arriving_keys = None if keys is None else shipment.keys(keys)
         returning = []
-        for i, weights in enumerate(self._weights(self.ep.chunks)):
+        for i, maps in enumerate(self._maps(self.ep.chunks)):
             here = Dispatch.by_expert(*shipment.contents(i), shipment.experts)
             rows = self.tp.gather_features(here.gather(arriving[i].land()))
             own = None if arriving_keys is None else arriving_keys[i][here.order]
-            y = self.tp.scatter_features(self._apply_experts(rows, here.ends, own, weights))
+            y = self.tp.scatter_features(self._apply_experts(rows, here.ends, own, maps))
             returning.append(shipment.send_back(here.restore(y), i))
         return shipment.unpack([flight.land() for flight in returning])
 
-    def _weights(self, chunks: int) -> list[dict[str, Tensor]]:
-        """The stacks by name, cut into chunks of experts once: see `grouped_linear`."""
-        names = ("wi_0", "wi_1", "wo") if self.gated else ("wi", "wo")
-        whole = {name: local(getattr(self, name).weight) for name in names}
-        if chunks == 1:
-            return [whole]
-        parts = {name: w.split(len(w) // chunks) for name, w in whole.items()}
-        return [{name: part[i] for name, part in parts.items()} for i in range(chunks)]
+    def _maps(self, chunks: int) -> list[list[Callable[[Tensor, Tensor], Tensor]]]:
+        """The linear maps of each run of experts, the last one last."""
+        stacks = [self.wi_0, self.wi_1, self.wo] if self.gated else [self.wi, self.wo]
+        return [list(maps) for maps in zip(*(s.chunks(chunks) for s in stacks), strict=True)]
 
     def _apply_experts(
-        self, x: Tensor, ends: Tensor, keys: Tensor | None, weights: dict[str, Tensor]
+        self,
+        x: Tensor,
+        ends: Tensor,
+        keys: Tensor | None,
+        maps: list[Callable[[Tensor, Tensor], Tensor]],
     ) -> Tensor:
         """This rank's hidden units of some experts over rows x [N, d_model], keys [N]."""
+        *first, last = maps
         if self.gated:
-            gate = grouped_linear(x, weights["wi_0"], ends)
-            inner = activate(grouped_linear(x, weights["wi_1"], ends), gate)
+            inner = activate(first[1](x, ends), first[0](x, ends))
         else:
-            inner = activate(grouped_linear(x, weights["wi"], ends), None)
+            inner = activate(first[0](x, ends), None)
         if keys is not None:
             # Drawn by the tokens' places in the batch, not by their expert's rows.
             inner = drop(inner, draw(keys, self.tp.part(self.d_ff)), self.dropout)
-        return grouped_linear(inner, weights["wo"], ends)
+        return last(inner, ends)

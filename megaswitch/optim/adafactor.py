@@ -164,7 +164,8 @@ class Adafactor(torch.optim.Optimizer):
                 torch.cat(parts).mean(dim=0, keepdim=True) for parts in zip(*measured, strict=True)
             )
             for chunk in chunks:
-                scratch, row_factor = _precondition(chunk, buffers)
+                scratch = scratch_like(chunk.gradient, buffers)
+                row_factor = _precondition(chunk, scratch)
                 apply_update(chunk, group, scratch, row_factor, update_square, weight_square)
         else:
             for chunk in chunks:
@@ -201,17 +202,16 @@ def _measure(
         U without its row factor [slices, rows, columns], the row factor [slices, rows or 1, 1],
         mean squares of U and W, each [slices].
     """
-    squares = chunk.mean_squares(scratch_like(chunk.gradient, buffers))
-    remember(chunk.moments(), squares, beta2, group["epsilon1"])
-    scratch, row_factor = _precondition(chunk, buffers)
+    scratch = scratch_like(chunk.gradient, buffers)
+    remember(chunk.moments(), chunk.mean_squares(scratch), beta2, group["epsilon1"])
+    row_factor = _precondition(chunk, scratch)
     update_square = mean_square(scratch, row_factor)
     return scratch, row_factor, update_square, mean_square(chunk.parameter, chunk.ones())
 
 
-def _precondition(chunk: Slices, buffers: Buffers) -> tuple[Tensor, Tensor]:
-    """U without its row factor, and the row factor."""
-    scratch = scratch_like(chunk.gradient, buffers)
+def _precondition(chunk: Slices, scratch: Tensor) -> Tensor:
+    """Leave U in `scratch`, but for the row factor, which is returned."""
     chunk.precondition(scratch)
     if chunk.row is None:
-        return scratch, chunk.ones()
-    return scratch, row_factor_of(chunk.row, mean_of_rows(chunk.row))
+        return chunk.ones()
+    return row_factor_of(chunk.row, mean_of_rows(chunk.row))

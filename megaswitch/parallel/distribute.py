@@ -114,15 +114,19 @@ def _data_mesh(mesh: Mesh, name: str) -> DeviceMesh:
 def _even_dim(parameter: nn.Parameter, ranks: int) -> int:
     """The dimension to shard: the first that divides evenly, after slicing over ep and tp."""
     data = parameter.data
-    local = data.to_local() if isinstance(data, DTensor) else data
-    even = [dim for dim, size in enumerate(local.shape) if size % ranks == 0]
+    pieces = [ranks] * data.ndim
+    if isinstance(data, DTensor):
+        for axis, placement in enumerate(data.placements):
+            assert isinstance(placement, Shard)
+            pieces[placement.dim] *= data.device_mesh.size(axis)
+    even = [dim for dim, size in enumerate(data.shape) if size % pieces[dim] == 0]
     if even:
         return even[0]
     if not isinstance(data, DTensor):
         return 0  # FSDP pads the last ranks of the first dimension
     raise UserError(
-        f"a parameter of shape {tuple(data.shape)}, of which a rank has {tuple(local.shape)}, "
-        f"cannot be sharded evenly over {ranks} data-parallel ranks; use fewer of them per copy "
+        f"a parameter of shape {tuple(data.shape)} cannot be sharded over {ranks} data-parallel "
+        f"ranks: no dimension divides evenly into {pieces} pieces; use fewer ranks per copy "
         "(parallel.replicas), or parallel.zero='none'"
     )
 

@@ -1,13 +1,13 @@
 """A pipeline's stages on this rank, and torch's schedules that drive them.
 
 A stage is any module that maps a tuple of tensors (what the stage before gave) and the number of a
-micro-batch to the next such tuple; the last one gives its loss, of shape [1]. Stages find everything
+micro-batch to the next such tuple; the last one gives its loss, of shape [1]. Stages find all
 else about a micro-batch by its number: every rank of a pipeline reads the same batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -41,6 +41,7 @@ class Pipeline:
         device: of this rank.
         kind: of schedule.
         carry: meta tensors like those which a stage hands to the next, of one micro-batch.
+        later: of each stage that puts weight gradients off, what hands over those of a backward.
     """
 
     def __init__(
@@ -51,7 +52,9 @@ class Pipeline:
         device: torch.device,
         kind: Kind,
         carry: Sequence[Tensor],
+        later: Mapping[int, Callable[[], Callable[[], None]]],
     ) -> None:
+        self.later = later
         self.modules, self.stages, self.axis = dict(modules), stages, axis
         self.device, self.kind = device, kind
         self.carry = tuple(carry)
@@ -128,6 +131,7 @@ class Pipeline:
                 input_args=self.carry if index else (torch.empty(1, dtype=torch.int64),),
                 output_args=self.carry if index < self.stages - 1 else (torch.empty(1),),
                 group=self.axis.group,
+                dw_builder=self.later.get(index),
             )
             for index, module in sorted(self.modules.items())
         ]
@@ -139,7 +143,7 @@ class Pipeline:
 
 def _loss(output: Tensor, _: Tensor) -> Tensor:
     """The last stage's output is the loss already."""
-    return output[0]
+    return output.sum()
 
 
 def attach(x: Tensor, loss: Tensor) -> Tensor:
@@ -151,7 +155,7 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
         ctx.like = loss.detach()
-        return x.view_as(x)
+        return x.clone()  # zero-bubble schedules detach a stage's outputs, which views forbid
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ class Watchdog:
 
     def __init__(self, mesh: Mesh, timeout: float) -> None:
         self._mesh, self._timeout = mesh, timeout
-        self._step, self._phase = 0, "start"
+        self._step, self._phase = 0, ""
         self._limited, self._looks = False, 0  # looks into the store since the last progress
         self._failure: tuple[str, Place] | None = None  # of the main thread
         self._wake, self._ended, self._stopped = (threading.Event() for _ in range(3))
@@ -203,9 +203,9 @@ def _appears(store: dist.Store, keys: list[str], seconds: float) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    """The first line of a message, without the place in torch's sources that gloo begins with."""
+    """The first line of a message, without gloo's place in its sources and its good wishes."""
     line = str(error).strip().partition("\n")[0]
-    return re.sub(r"^\[[^\]]*\] ", "", line)[:300]
+    return re.sub(r"^\[[^\]]*\] |\. This is typically caused by .*", "", line)[:300]
 
 
 def _exit() -> NoReturn:

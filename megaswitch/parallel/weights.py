@@ -27,8 +27,7 @@ class Block:
         shape: of the global tensor.
         offsets: of the slice, per dimension.
         sizes: of the slice, per dimension; a slice may be empty.
-        axes: per dimension, the axes (of more than one rank) whose ranks divide it, outermost
-            first.
+        axes: per dimension, the axes (of more than one rank) whose ranks divide it.
         counts: True on exactly one of the ranks that hold the same slice.
     """
 
@@ -105,18 +104,22 @@ def strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
+def sharded_dim(placement: Placement) -> int | None:
+    """The dimension that `placement` divides; None if each rank has all."""
+    # FSDP2 over a dimension that tp divides too gives `_StridedShard`, which is no `Shard`.
+    return getattr(placement, "dim", None)
+
+
 def _without(placement: Placement, gone: int) -> Placement:
     """The placement of a tensor that lost dimension `gone`."""
-    if not placement.is_shard():
+    dim = sharded_dim(placement)
+    if dim is None or dim < gone:
         return placement
-    assert isinstance(placement, Shard)
-    if placement.dim == gone:
+    if dim == gone:
         return Replicate()
-    moved = placement.dim - (placement.dim > gone)
-    if moved == placement.dim:
-        return placement
-    assert type(placement) is Shard, f"{placement} would move to another dimension"
-    return Shard(moved)
+    if isinstance(placement, Shard):
+        return Shard(dim - 1)
+    return type(placement)(dim - 1, split_factor=placement.split_factor)  # type: ignore[attr-defined, call-arg]
 
 
 def weight(
@@ -139,10 +142,10 @@ def weight(
         return Weight(name, parameter, parameter, spec, block)
     dims: list[list[Axis]] = [[] for _ in data.shape]
     for axis, placement in zip(axes, data.placements, strict=True):
-        if placement.is_shard():
-            assert isinstance(placement, Shard) or hasattr(placement, "dim")
+        dim = sharded_dim(placement)
+        if dim is not None:
             if axis.size > 1:
-                dims[placement.dim].append(axis)
+                dims[dim].append(axis)
         elif axis.rank != 0:
             counts = False
     local = nn.Parameter(data.to_local(), requires_grad=parameter.requires_grad)

@@ -10,6 +10,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from megaswitch.config import RunConfig
+from megaswitch.layers.deferred import WeightGradients
+from megaswitch.layers.linear import GroupedLinear, Linear
 from megaswitch.layers.parameter import Init, initialize
 from megaswitch.model.blocks import Block
 from megaswitch.model.count import meta_model
@@ -35,6 +37,7 @@ class Parts:
         stages: of all ranks.
         models: this rank's layers by stage; the whole model as stage 0 where there is no pipeline.
         modules: the same as a pipeline's modules, or empty.
+        later: of stages that put weight gradients off.
         weights: this rank's parameters by global name.
         inits: their initial distributions.
         gradients: completes their gradients.
@@ -43,6 +46,7 @@ class Parts:
     stages: list[Stage]
     models: dict[int, SwitchTransformer]
     modules: dict[int, StageModule]
+    later: dict[int, WeightGradients]
     weights: dict[str, Weight]
     inits: dict[str, Init]
     gradients: GradientSums
@@ -82,6 +86,7 @@ def build_parts(
     inits: dict[str, Init] = {}
     models: dict[int, SwitchTransformer] = {}
     modules: dict[int, StageModule] = {}
+    later: dict[int, WeightGradients] = {}
     zero = mesh.axis("dense_shard").size > 1 and config.parallel.zero != "none" and training
     sharded: set[str] = set()
     for stage in stages:
@@ -94,6 +99,8 @@ def build_parts(
             inits |= {n: p.init for n, p in model.named_parameters()}  # type: ignore[attr-defined]
             specs |= slice_parameters(model, mesh)
             _join(model, config, mesh)
+            if config.parallel.schedule == "zero-bubble" and mesh.axis("pp").size > 1:
+                later[stage.index] = _put_off_weight_gradients(model)
             root: nn.Module = model
             if mesh.axis("pp").size > 1:
                 root = modules[stage.index] = StageModule(model, stage)
@@ -115,7 +122,7 @@ def build_parts(
         sequence_parallel=config.parallel.sequence_parallel,
         ties={name: ranks for name, ranks in holders.items() if name in weights},
     )
-    return Parts(stages, models, modules, weights, inits, sums)
+    return Parts(stages, models, modules, later, weights, inits, sums)
 
 
 def _stages(config: RunConfig, mesh: Mesh, lengths: tuple[int, int]) -> list[Stage]:
@@ -134,6 +141,14 @@ def _join(model: SwitchTransformer, config: RunConfig, mesh: Mesh) -> None:
         for name, value in (("tp", tp), ("ep", ep)):
             if hasattr(type(module), name):
                 setattr(module, name, value)
+
+
+def _put_off_weight_gradients(model: SwitchTransformer) -> WeightGradients:
+    later = WeightGradients()
+    for module in model.modules():
+        if isinstance(module, Linear | GroupedLinear):
+            module.later = later
+    return later
 
 
 def _shard(

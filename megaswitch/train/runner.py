@@ -46,6 +46,7 @@ class Runner:
         self.micro: Sequence[MicroBatch] = ()
         self.whole = BatchSize(1, 1)
         self.record: Record = _ignore
+        self.attached = torch.zeros(())  # auxiliary losses of stages before the last
         self._pipeline: Pipeline | None = None
 
     @property
@@ -59,13 +60,14 @@ class Runner:
         Gradients are left as the backward pass left them: see `GradientSums.finish`.
 
         Returns:
-            Their share of the training loss, scalar fp64; in a pipeline, that of the last stage.
+            Their share of the training loss, scalar fp64; in a pipeline, this rank's terms of it.
         """
         self.micro, self.whole, self.record = micro, whole, record
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         if self.has_pipeline:
-            loss = self._pipeline_for(micro[0]).train(len(micro))
-            return total if loss is None else loss.double()
+            self.attached = total
+            last = self._pipeline_for(micro[0]).train(len(micro))
+            return total if last is None else total + last
         overlap = self.config.parallel.overlap_gradients
         for number, one in enumerate(micro):
             output = forward(self.parts.models[0], one, self.precision)
@@ -100,6 +102,7 @@ class Runner:
                 self.mesh.device,
                 self.config.parallel.schedule,
                 self._carry(micro, parts=self.tp.sequence and self.tp.size > 1),
+                {stage: later.take for stage, later in self.parts.later.items()},
             )
         return self._pipeline
 
@@ -120,6 +123,7 @@ class Runner:
         """From the activations of the stage before to the next one's, or the loss."""
         micro, model, stage = self.micro[number], module.model, module.stage
         x, losses, logits = self._run_layers(model, stage, inputs, micro)
+        received = (None, None) if stage.first else inputs
         output = SwitchOutput(
             logits, x.encoder, model.reduce(losses.aux), model.reduce(losses.z), losses.routing
         )
@@ -132,13 +136,13 @@ class Runner:
             assert loss is not None
             return loss[None]
         # What passes through unchanged becomes a tensor of its own; an auxiliary loss rides on
-        # the stream that this stage worked on.
-        encoder, decoder = (t.view_as(t) for t in x)
-        if loss is None:
-            return encoder, decoder
-        if model.decoder.layers:
-            return encoder, attach(decoder, loss)
-        return attach(encoder, loss), decoder
+        # the stream that this stage worked on last.
+        outputs = [new.clone() if new is old else new for new, old in zip(x, received, strict=True)]
+        if loss is not None:
+            self.attached += loss.detach()
+            working = 1 if model.decoder.layers else 0
+            outputs[working] = attach(outputs[working], loss)
+        return tuple(outputs)
 
     def _run_layers(
         self,

@@ -2,13 +2,15 @@
 
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-# Rank 2 misbehaves in step 3, while the others wait for it in a sum. Like the trainer, ranks do not
+# One rank misbehaves in step 3 and the others wait for it in a sum. Like the trainer, ranks do not
 # die of the SIGTERM that torchrun sends when one of them has ended.
 SCRIPT = """
 import os, signal, sys, time
@@ -20,7 +22,7 @@ from megaswitch.parallel.collectives import terms_to_whole
 from megaswitch.parallel.mesh import Mesh
 from megaswitch.parallel.watchdog import watch
 
-kind, folder, timeout = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+kind, culprit, timeout, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
 mesh = Mesh.start("cpu", ParallelConfig(timeout=timeout, tp=2))
 signal.signal(signal.SIGTERM, lambda *arguments: None)
 (folder / str(mesh.rank)).write_text(str(os.getpid()))
@@ -40,7 +42,7 @@ def misbehave():
 with watch(mesh, timeout) as watchdog:
     for step in range(1, 6):
         watchdog.at(step, "forward", limited=kind != "is slow")
-        if step == 3 and mesh.rank == 2:
+        if step == 3 and mesh.rank == culprit:
             misbehave()
         if step == 3 and kind == "is refused":
             raise UserError("a value; a rule; a remedy")
@@ -51,13 +53,20 @@ mesh.stop()
 """
 
 
-def launch(folder: Path, kind: str, timeout: int) -> subprocess.CompletedProcess[str]:
-    """Run the script in four processes; fails if it lasts, or leaves one behind."""
+TIMEOUT = 8
+
+
+def command(folder: Path, kind: str, culprit: int) -> list[str]:
     script = folder / "script.py"
     script.write_text(SCRIPT)
+    return [str(script), kind, str(culprit), str(TIMEOUT), str(folder)]
+
+
+def launch(folder: Path, kind: str) -> subprocess.CompletedProcess[str]:
+    """Run the script in four processes; fails if it lasts, or leaves one behind."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     process = subprocess.run(
-        [*torchrun, "--nproc-per-node=4", str(script), kind, str(folder), str(timeout)],
+        [*torchrun, "--nproc-per-node=4", *command(folder, kind, culprit=2)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -69,8 +78,8 @@ def launch(folder: Path, kind: str, timeout: int) -> subprocess.CompletedProcess
     return process
 
 
-def messages(process: subprocess.CompletedProcess[str]) -> list[str]:
-    return re.findall("^error: the job ends: (.*)$", process.stderr, re.MULTILINE)
+def messages(stderr: str) -> list[str]:
+    return re.findall("^error: the job ends: (.*)$", stderr, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -83,8 +92,8 @@ def messages(process: subprocess.CompletedProcess[str]) -> list[str]:
     ],
 )
 def test_one_message_names_the_rank_and_the_collective(tmp_path, kind, where):
-    process = launch(tmp_path, kind, timeout=8)
-    (message,) = messages(process)
+    process = launch(tmp_path, kind)
+    (message,) = messages(process.stderr)
     assert process.returncode != 0
     assert message.startswith(f"rank 2 {where}; ")
     # Rank 0 waits for rank 2; 1 and 3 are done with each other and wait for 0 and 2.
@@ -98,13 +107,36 @@ def test_one_message_names_the_rank_and_the_collective(tmp_path, kind, where):
 
 @pytest.mark.parametrize("kind", ["is slow", "behaves"])
 def test_a_healthy_job_hears_nothing(tmp_path, kind):
-    process = launch(tmp_path, kind, timeout=8)
+    process = launch(tmp_path, kind)
     assert process.returncode == 0, process.stderr
-    assert messages(process) == []
+    assert messages(process.stderr) == []
 
 
 def test_a_refusal_by_all_ranks_stays_what_it_is(tmp_path):
-    process = launch(tmp_path, "is refused", timeout=8)
+    process = launch(tmp_path, "is refused")
     assert process.returncode != 0
-    assert messages(process) == []
+    assert messages(process.stderr) == []
     assert "a value; a rule; a remedy" in process.stderr
+
+
+def test_where_rank_zero_holds_the_store_its_death_is_told_by_each_rank(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "4"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *command(tmp_path, "dies", culprit=0)],
+            env={**os.environ, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(4)
+    ]
+    errors = [process.communicate(timeout=90)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [-signal.SIGKILL, 1, 1, 1]
+    for rank in (1, 2, 3):
+        (message,) = messages(errors[rank])
+        assert message.startswith("rank 0 or its node is gone, as the store there does not answer")
+        assert f"rank {rank} waits in all_reduce over {'dp' if rank == 2 else 'tp'} at" in message

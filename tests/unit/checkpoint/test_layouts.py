@@ -15,6 +15,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -258,12 +259,18 @@ class World:
             pipe.send((job, arguments))
 
     def __call__(self, job: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What `job` returns on each rank."""
+        """What `job` returns on each rank; if one fails, the others may wait for it: all end."""
         self.tell(job, *arguments)
-        answers = [pipe.recv() for pipe in self.pipes]
-        errors = [error for error, _ in answers if error]
-        assert not errors, errors[0]
-        return [result for _, result in answers]
+        results = {}
+        while len(results) < len(self.pipes):
+            ready = connection.wait([p for p in self.pipes if p not in results], timeout=60)
+            answers = {pipe: pipe.recv() for pipe in ready}
+            errors = [error for error, _ in answers.values() if error]
+            if errors or not ready:
+                self.kill()
+                pytest.fail(errors[0] if errors else "the ranks hang")
+            results |= {pipe: result for pipe, (_, result) in answers.items()}
+        return [results[pipe] for pipe in self.pipes]
 
     def kill(self) -> None:
         for process in self.processes:
@@ -551,16 +558,14 @@ def die_while_writing(folder: Path, moment: str, victims: tuple[int, ...]) -> No
     manager.save(CONFIG, TrainState(1, 1, ""), weights, optimizer)
     manager.wait()
 
-    def die(*arguments: Any, **options: Any) -> Any:
-        if mesh.rank not in victims:
-            return {}
+    def die(*arguments: Any) -> None:
         if moment == "half a file":
             arguments[0].write_bytes(b"half")
         if moment == "half a state":
             arguments[0].write_text("{")
         os.kill(os.getpid(), signal.SIGKILL)
 
-    match moment:
+    match moment if mesh.rank in victims else "never":
         case "half a file":
             module.write_chunks = die
         case "half a state":

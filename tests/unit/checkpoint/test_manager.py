@@ -57,8 +57,8 @@ def test_a_crash_while_saving_leaves_the_earlier_checkpoint(trainer, monkeypatch
         owner = manager if moment == "_sums" else manager.CheckpointManager
         monkeypatch.setattr(owner, moment, crash)
     trainer.state = manager.TrainState(3, 24, trainer.state.fingerprint)
+    trainer._save()
     with pytest.raises(Crash):
-        trainer._save()
         trainer.checkpoints.wait()
     monkeypatch.undo()
     assert checkpoints(trainer.checkpoints.folder) == [earlier]
