@@ -2,7 +2,7 @@
 
 Modules hold parameters as torch wants them (plain tensors, or DTensors under tensor, expert or
 sharded data parallelism). Optimizers see plain local blocks of the same memory; checkpoints see
-global tensors. This table ties the three together, by global name.
+where a block lies in the global tensor. This table ties the three together, by global name.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement
 
 from megaswitch.parallel.mesh import Axis
 from megaswitch.parallel.shard import ShardSpec, declare_spec
@@ -73,31 +72,6 @@ class Weight:
     spec: ShardSpec
     block: Block
 
-    def placed(self, local: Tensor, without: int | None = None) -> Tensor:
-        """`local`, which is laid out as the block is, as a global tensor for checkpoints.
-
-        Args:
-            local: of the block's sizes, but for the dimension left out.
-            without: a dimension (negative: from the end) that `local` does not have.
-        """
-        parameter = self.parameter.data
-        if not isinstance(parameter, DTensor):
-            return local
-        shape = list(self.block.shape)
-        placements: list[Placement] = list(parameter.placements)
-        if without is not None:
-            gone = without % len(shape)
-            del shape[gone]
-            placements = [_without(p, gone) for p in placements]
-        return DTensor.from_local(
-            local,
-            parameter.device_mesh,
-            placements,
-            run_check=False,
-            shape=torch.Size(shape),
-            stride=strides(shape),
-        )
-
 
 def strides(shape: Sequence[int]) -> tuple[int, ...]:
     """Of a contiguous tensor."""
@@ -108,18 +82,6 @@ def sharded_dim(placement: Placement) -> int | None:
     """The dimension that `placement` divides; None if each rank has all."""
     # FSDP2 over a dimension that tp divides too gives `_StridedShard`, which is no `Shard`.
     return getattr(placement, "dim", None)
-
-
-def _without(placement: Placement, gone: int) -> Placement:
-    """The placement of a tensor that lost dimension `gone`."""
-    dim = sharded_dim(placement)
-    if dim is None or dim < gone:
-        return placement
-    if dim == gone:
-        return Replicate()
-    if isinstance(placement, Shard):
-        return Shard(dim - 1)
-    return type(placement)(dim - 1, split_factor=placement.split_factor)  # type: ignore[attr-defined, call-arg]
 
 
 def weight(

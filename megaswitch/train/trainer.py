@@ -83,6 +83,7 @@ class Trainer:
             mesh=mesh,
             tokenizer=Path(config.data.tokenizer) if config.data.tokenizer else None,
             background=config.checkpoint.background,
+            timeout=config.parallel.timeout,
         )
         newest = next(reversed(checkpoints(manager.folder)), None)
         with mesh.together():
@@ -149,7 +150,7 @@ class Trainer:
                     self._validate(step, display)
                 every = self.config.checkpoint.interval
                 if stop or step == train.steps or (every and step % every == 0):
-                    display.note(f"saved {self._save()}")
+                    display.note(self._save(wait=stop or step == train.steps))
                 clock += time.perf_counter() - pause  # neither is training time
                 if stop:
                     break
@@ -241,8 +242,14 @@ class Trainer:
                 "space there and start the same command again"
             )
 
-    def _save(self) -> Path:
-        return self.checkpoints.save(self.config, self.state, self.parts.weights, self.optimizer)
+    def _save(self, *, wait: bool) -> str:
+        """Save; in the background, unless it is to be waited for. Says what happened."""
+        path = self.checkpoints.save(self.config, self.state, self.parts.weights, self.optimizer)
+        if wait:
+            self.checkpoints.wait()
+        elif self.config.checkpoint.background:
+            return f"saving {path}"
+        return f"saved {path}"
 
     def _training_flops_per_sequence(self) -> int:
         """Forward and backward; recomputed activations do not count as useful work."""

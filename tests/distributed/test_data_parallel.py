@@ -17,7 +17,6 @@ import sys
 import torch
 from pathlib import Path
 from megaswitch.config import load_config
-from megaswitch.parallel.data_parallel import sum_gradients
 from megaswitch.parallel.mesh import Mesh, world_size
 from megaswitch.train import trainer as module
 from megaswitch.train.metrics import LossMeter
@@ -28,9 +27,9 @@ mesh = Mesh.start("cpu")
 trainer = module.Trainer.build(load_config(None, overrides, world_size=world_size()), mesh)
 taken = {}
 
-def clip(parameters, max_norm):
+def clip(parameters, max_norm, mesh):
     step = trainer.state.step
-    taken.update({f"{step} {n}": p.grad.clone() for n, p in trainer.model.named_parameters()})
+    taken.update({f"{step} {n}": w.local.grad.clone() for n, w in trainer.parts.weights.items()})
     return torch.zeros(())
 
 module.clip_gradients = clip

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megaswitch.cli import cli
 from megaswitch.config import RunConfig, load_config
 from tests.policy.test_readme import parse
 
@@ -59,7 +60,10 @@ def test_every_kind_of_layout_has_a_file():
     "command", re.findall(r"^megaswitch (.+)$", README, re.MULTILINE), ids=lambda c: c[:20]
 )
 def test_commands_exist(command):
-    parse(shlex.split(command))
+    words = shlex.split(command)
+    parse(words)
+    if words[0] == "doctor":  # quick enough to run
+        cli.main(words, standalone_mode=False)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)

@@ -28,7 +28,7 @@ def losses(run_dir):
 
 
 def parameters(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    return {name: p.detach().clone() for name, p in trainer.parts.models[0].named_parameters()}
 
 
 @pytest.mark.parametrize("optimizer", ["adafactor", "adamw"])
@@ -129,7 +129,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(run_options, tmp_path
         load_config(None, [*run_options, "--optim.name=adamw"]), Mesh.start("cpu")
     )
     with torch.no_grad():
-        trainer.model.embedding.weight[5] = float("nan")
+        trainer.parts.models[0].embedding.weight[5] = float("nan")
     before = parameters(trainer)
     with pytest.raises(UserError, match=r"the loss is nan .* at step 3.*step_00000002"):
         trainer.fit()
@@ -176,7 +176,7 @@ def test_load_model_gives_the_trained_model(run_options, tmp_path):
     mask = torch.ones(3, 64, dtype=torch.bool)
     mask[1, 40:] = False
     out = model(*tokens, encoder_mask=mask)
-    expected = trainer.model.eval()(*tokens, encoder_mask=mask)
+    expected = trainer.parts.models[0].eval()(*tokens, encoder_mask=mask)
     assert torch.equal(out.logits, expected.logits)
     assert out.encoder_hidden.shape == (3, 64, 32)
     assert out.aux_loss.ndim == 0

@@ -8,9 +8,10 @@ import torch
 from megaswitch.config import load_config
 from megaswitch.data.span_corruption import EOS_ID
 from megaswitch.log import UserError
-from megaswitch.model.switch_transformer import SwitchTransformer
 from megaswitch.parallel.mesh import Mesh
 from megaswitch.train.metrics import LayerLoad
+from megaswitch.train.parts import build_parts
+from megaswitch.train.runner import Runner
 from megaswitch.train.trainer import build_loader
 from megaswitch.train.validation import Validation, measure, open_corpus
 from tests.conftest import SENTINELS, VOCAB_SIZE
@@ -22,8 +23,16 @@ def config(run_options):
 
 
 @pytest.fixture
-def model(config):
-    return SwitchTransformer(config.model).initialize(3)
+def runner(config):
+    mesh = Mesh.start("cpu")
+    parts = build_parts(config, mesh)
+    parts.initialize(3)
+    return Runner(config, mesh, parts)
+
+
+@pytest.fixture
+def model(runner):
+    return runner.parts.models[0]
 
 
 def by_hand(model, loader, samples):
@@ -50,11 +59,11 @@ def by_hand(model, loader, samples):
 
 # Micro-batches of whole routing groups (2 rows); the last one is smaller.
 @pytest.mark.parametrize("micro_batch_size", [2, 4, 10])
-def test_validation_equals_sums_by_hand(config, model, micro_batch_size):
+def test_validation_equals_sums_by_hand(config, runner, model, micro_batch_size):
     loader = build_loader(config, "valid")
     validation = Validation(loader, samples=10, micro_batch_size=micro_batch_size)
     model.train()
-    metrics = validation.run(model, Mesh.start("cpu"), torch.float32)
+    metrics = validation.run(runner)
     assert model.training
     loss, accuracy, content, content_accuracy, entropy = by_hand(model, loader, 10)
     assert content_accuracy > 0
@@ -67,16 +76,14 @@ def test_validation_equals_sums_by_hand(config, model, micro_batch_size):
     assert metrics["content_unigram_entropy"] == pytest.approx(entropy, rel=1e-9)
 
 
-def test_the_total_of_several_sources_counts_tokens(config, model, corpus):
+def test_the_total_of_several_sources_counts_tokens(config, runner, model, corpus):
     """Both halves apart and together, against all of them as one."""
     loaders = [open_corpus(config, corpus.with_name(n), None, shuffle=False)
                for n in ("tokens", "tokens-valid")]  # fmt: skip
     sources = [Validation(loaders[0], samples=6, micro_batch_size=2),
                Validation(loaders[1], samples=15, micro_batch_size=4)]  # fmt: skip
     done = []
-    one, two, total = measure(
-        model, sources, Mesh.start("cpu"), torch.float32, total=True, advance=done.append
-    )
+    one, two, total = measure(runner, sources, total=True, advance=done.append)
     assert sum(done) == 21
     assert (one.samples, two.samples, total.samples) == (6, 15, 21)
     assert total.target_tokens == one.target_tokens + two.target_tokens
@@ -103,14 +110,9 @@ def test_the_total_of_several_sources_counts_tokens(config, model, corpus):
         assert sum(load.tokens_per_expert) == load.tokens
 
 
-def test_router_loads_equal_counts_by_hand(config, model):
+def test_router_loads_equal_counts_by_hand(config, runner, model):
     loader = build_loader(config, "valid")
-    (figures,) = measure(
-        model,
-        [Validation(loader, samples=8, micro_batch_size=8)],
-        Mesh.start("cpu"),
-        torch.float32,
-    )
+    (figures,) = measure(runner, [Validation(loader, samples=8, micro_batch_size=8)])
     batch = loader.batch(range(8))
     model.eval()
     routing = model(batch.encoder_tokens, batch.decoder_tokens).routing
@@ -130,7 +132,7 @@ def test_experts_that_got_nothing_are_named():
     assert load.load_imbalance == pytest.approx(4 / 1.5)
 
 
-def test_a_model_goes_back_to_training_when_reading_fails(config, model, monkeypatch):
+def test_a_model_goes_back_to_training_when_reading_fails(config, runner, model, monkeypatch):
     loader = build_loader(config, "valid")
 
     def fail(indices):
@@ -139,23 +141,21 @@ def test_a_model_goes_back_to_training_when_reading_fails(config, model, monkeyp
     monkeypatch.setattr(loader, "batch", fail)
     model.train()
     with pytest.raises(UserError, match="the data is gone"):
-        Validation(loader, samples=4, micro_batch_size=4).run(
-            model, Mesh.start("cpu"), torch.float32
-        )
+        Validation(loader, samples=4, micro_batch_size=4).run(runner)
     assert model.training
 
 
-def test_a_full_device_is_said_in_words(config, model, monkeypatch):
+def test_a_full_device_is_said_in_words(config, runner, model, monkeypatch):
     def fail(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(model, "forward", fail)
     source = Validation(build_loader(config, "valid"), samples=4, micro_batch_size=4)
     with pytest.raises(UserError, match="not enough memory: 4 samples are too many"):
-        source.run(model, Mesh.start("cpu"), torch.float32)
+        source.run(runner)
 
 
-def test_validation_takes_what_there_is(config, model):
+def test_validation_takes_what_there_is(config, runner, model):
     loader = build_loader(config, "valid")
     validation = Validation(loader, samples=10**9, micro_batch_size=4)
     assert validation.samples == loader.samples_per_epoch
