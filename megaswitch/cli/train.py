@@ -50,8 +50,8 @@ def train(config: Path, overrides: tuple[str, ...]) -> None:
     from megaswitch.train.trainer import Trainer
 
     mesh = Mesh.start(resolved.train.device, resolved.parallel)
-    with watch(mesh, resolved.parallel.timeout):
-        complete = Trainer.build(resolved, mesh).fit()
+    with watch(mesh, resolved.parallel.timeout) as watchdog:
+        complete = Trainer.build(resolved, mesh).fit(watchdog)
     mesh.stop()
     if not complete:
         info("stopped; the same command goes on from the checkpoint")

@@ -39,10 +39,11 @@ def slice_parameters(model: nn.Module, mesh: Mesh) -> dict[str, ShardSpec]:
         local: Tensor = whole.data
         for axis, dim in zip(axes, dims, strict=True):
             local = _run(local, dim, mesh.axis(axis).rank, mesh.axis(axis).size)
-        assert mesh.devices is not None
+        grid = mesh.expert_grid if spec.is_expert else mesh.dense_grid
+        assert grid is not None
         placed = DTensor.from_local(
             local,
-            mesh.devices[tuple(axes)],
+            grid[tuple(axes)],
             [Shard(d) for d in dims],
             run_check=False,
             shape=whole.shape,
@@ -84,7 +85,7 @@ def shard_over_data(
         UserError: no dimension of a parameter divides evenly where that is needed.
     """
     ranks = mesh.axis("shard" if expert else "dense_shard")
-    devices = _data_mesh(mesh, ranks.name)
+    devices = _data_mesh(mesh, ranks.name, expert=expert)
     lower = precision if precision != torch.float32 else None
     policy = MixedPrecisionPolicy(
         param_dtype=lower,
@@ -104,11 +105,10 @@ def shard_over_data(
     module.set_force_sum_reduction_for_comms(True)
 
 
-def _data_mesh(mesh: Mesh, name: str) -> DeviceMesh:
-    assert mesh.devices is not None
-    if mesh.axis("replica").size == 1:
-        return mesh.devices[name]
-    return mesh.devices["replica", name]
+def _data_mesh(mesh: Mesh, name: str, *, expert: bool) -> DeviceMesh:
+    grid = mesh.expert_grid if expert else mesh.dense_grid
+    assert grid is not None
+    return grid[name] if mesh.axis("replica").size == 1 else grid["replica", name]
 
 
 def _even_dim(parameter: nn.Parameter, ranks: int) -> int:

@@ -23,10 +23,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from megaswitch.config import ParallelConfig
 from megaswitch.log import UserError
 
-# Axes of the root mesh. `replica` and `shard` together are edp: copies of the experts, and under
-# ZeRO the ranks of one copy.
-_ROOT = ("pp", "replica", "shard", "ep", "tp")
-# Axes made of several; the order of their ranks is that of the grid.
+# Two grids over the same ranks: one for experts, and one for everything else, to which expert
+# parallelism is data parallelism. `replica` and `shard` together are edp: copies of the experts,
+# and under ZeRO the ranks of one copy.
+_EXPERT_GRID = ("pp", "replica", "shard", "ep", "tp")
+_DENSE_GRID = ("pp", "replica", "dense_shard", "tp")
+# Axes made of several of the expert grid; the order of their ranks is that of the grid.
 FLATTENED = {
     "edp": ("replica", "shard"),
     "dp": ("replica", "shard", "ep"),
@@ -90,7 +92,8 @@ class Mesh:
         size: number of ranks.
         device: where this rank computes.
         group: of all ranks, or None for a single process.
-        devices: the grid, or None for a single process.
+        expert_grid: (pp, replica, shard, ep, tp), or None for a single process.
+        dense_grid: (pp, replica, dense_shard, tp) of the same ranks.
         axes: by name.
     """
 
@@ -98,7 +101,8 @@ class Mesh:
     size: int
     device: torch.device
     group: dist.ProcessGroup | None
-    devices: DeviceMesh | None = None
+    expert_grid: DeviceMesh | None = None
+    dense_grid: DeviceMesh | None = None
     axes: dict[str, Axis] = field(default_factory=dict)
 
     @classmethod
@@ -118,11 +122,11 @@ class Mesh:
         chosen = _device(device)
         if size == 1:
             return cls(0, 1, chosen, None)
+        gpu = chosen.type == "cuda"
+        # NCCL ends a process that waited too long; the watchdog should have told why before.
+        timeout = dt.timedelta(seconds=parallel.timeout + (30 if gpu else 0))
         try:
-            dist.init_process_group(
-                "nccl" if chosen.type == "cuda" else "gloo",
-                timeout=dt.timedelta(seconds=parallel.timeout),
-            )
+            dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout)
         except (ValueError, RuntimeError) as error:
             raise UserError(
                 f"rank {rank} of {size} could not join the others: {error}. Start with torchrun, "
@@ -136,16 +140,22 @@ class Mesh:
         size, rank = dist.get_world_size(), dist.get_rank()
         edp = size // (parallel.pp * parallel.ep * parallel.tp)
         replicas = parallel.replicas if parallel.zero != "none" else edp
-        shape = (parallel.pp, replicas, edp // replicas, parallel.ep, parallel.tp)
-        devices = init_device_mesh(device.type, shape, mesh_dim_names=_ROOT)
-        for name, parts in FLATTENED.items():
-            devices[parts]._flatten(name)
+        pp, shards, ep, tp = parallel.pp, edp // replicas, parallel.ep, parallel.tp
+        expert = init_device_mesh(
+            device.type, (pp, replicas, shards, ep, tp), mesh_dim_names=_EXPERT_GRID
+        )
+        dense = init_device_mesh(
+            device.type, (pp, replicas, shards * ep, tp), mesh_dim_names=_DENSE_GRID
+        )
+        meshes = {name: expert[name] for name in _EXPERT_GRID}
+        meshes["dense_shard"] = dense["dense_shard"]
+        meshes["edp"] = expert["replica", "shard"]._flatten("edp")
+        meshes["dp"] = dense["replica", "dense_shard"]._flatten("dp")
         axes = {"world": Axis("world", rank, size, dist.group.WORLD)}
-        for name in (*_ROOT, *FLATTENED):
-            sub = devices[name]
-            group = sub.get_group() if sub.size() > 1 else None
-            axes[name] = Axis(name, sub.get_local_rank(), sub.size(), group)
-        return cls(rank, size, device, dist.group.WORLD, devices, axes)
+        for name, mesh in meshes.items():
+            group = mesh.get_group() if mesh.size() > 1 else None
+            axes[name] = Axis(name, mesh.get_local_rank(), mesh.size(), group)
+        return cls(rank, size, device, dist.group.WORLD, expert, dense, axes)
 
     def axis(self, name: str) -> Axis:
         """The axis of that name; of one rank in a single process."""

@@ -18,36 +18,29 @@ from megaswitch.checkpoint.manager import (
     CheckpointManager,
     TrainState,
     checkpoints,
-    read_config,
-    read_state,
 )
-from megaswitch.config import RunConfig, differences, to_toml
+from megaswitch.config import RunConfig, to_toml
 from megaswitch.data.loader import SpanCorruptionLoader
 from megaswitch.data.span_corruption import Seq2SeqBatch
 from megaswitch.data.tokenizer import Tokenizer
 from megaswitch.files import write_durably
 from megaswitch.layers.noise import Noise
 from megaswitch.layers.vocab import TokenLosses
-from megaswitch.log import UserError, info
+from megaswitch.log import ConfigError, UserError, info
 from megaswitch.model.count import count
 from megaswitch.model.switch_transformer import SwitchOutput
 from megaswitch.optim.build import build_optimizer, clip_gradients, set_learning_rate
 from megaswitch.optim.schedule import learning_rate
 from megaswitch.parallel.mesh import Mesh
+from megaswitch.parallel.watchdog import Watchdog
+from megaswitch.rules_parallel import check_sequence_parallel
 from megaswitch.train.display import Display
 from megaswitch.train.metrics import LossMeter, MetricLog, RouterMeter, peak_flops
 from megaswitch.train.objectives import PRECISIONS, BatchSize, MicroBatch
 from megaswitch.train.parts import Parts, build_parts
+from megaswitch.train.resume import check_resume, check_same_view
 from megaswitch.train.runner import Runner
 from megaswitch.train.validation import Validation, open_corpus
-
-# Keys that a run may change when it goes on; the rest of the configuration is its identity.
-_MAY_CHANGE = (
-    *("model.preset", "data.train", "data.valid", "data.tokenizer", "checkpoint.", "parallel."),
-    *("train.steps", "train.run_dir", "train.device", "train.micro_batch_size"),
-    *("train.activation_checkpointing", "train.log_interval"),
-    *("train.valid_interval", "train.valid_samples"),
-)
 
 
 @dataclass
@@ -74,6 +67,9 @@ class Trainer:
             loader = build_loader(config, "train")
             validation = build_validation(config)
         lengths = (loader.encoder_length, loader.decoder_length)
+        # Known only now, if the configuration leaves it to the span shape.
+        if problems := list(check_sequence_parallel(config, "decoder", loader.decoder_length)):
+            raise ConfigError(problems)
         with mesh.together():
             parts = build_parts(config, mesh, lengths=lengths)
         optimizer = build_optimizer(parts.parameters(), config.optim)
@@ -114,8 +110,11 @@ class Trainer:
             state=state,
         )
 
-    def fit(self) -> bool:
+    def fit(self, watchdog: Watchdog | None = None) -> bool:
         """Train to `train.steps`, or until SIGINT or SIGTERM; a checkpoint is written either way.
+
+        Args:
+            watchdog: is told where the run is.
 
         Returns:
             True if the run is complete.
@@ -134,6 +133,8 @@ class Trainer:
         with self._logging(), _Interrupt() as interrupt, display:
             while self.state.step < train.steps:
                 step = self.state.step + 1
+                if watchdog:
+                    watchdog.at(step, "a training step")
                 logged = step % train.log_interval == 0 or step == train.steps
                 rate = learning_rate(self.state.step, self.config.optim, train.steps)
                 norm, stop = self._step(rate, losses, router if logged else None, interrupt.asked)
@@ -146,6 +147,8 @@ class Trainer:
                     display.step(step, metrics)
                     clock, since = time.perf_counter(), self.state
                 pause = time.perf_counter()
+                if watchdog:
+                    watchdog.at(step, "validation or a checkpoint", limited=False)
                 if self.validation and (step % train.valid_interval == 0 or step == train.steps):
                     self._validate(step, display)
                 every = self.config.checkpoint.interval
@@ -344,46 +347,3 @@ def build_validation(config: RunConfig) -> Validation | None:
         samples=config.train.valid_samples,
         micro_batch_size=config.train.micro_batch_size,
     )
-
-
-def check_same_view(
-    mesh: Mesh, config: RunConfig, loader: SpanCorruptionLoader, newest: Path | None
-) -> None:
-    """Refuse ranks that would train apart: other configuration, data, or checkpoint to go on from.
-
-    Raises:
-        UserError: saying which of the three differ.
-    """
-    views = {
-        "configurations": to_toml(config),
-        "training data": loader.fingerprint,
-        "newest checkpoints": newest.name if newest else "none",
-    }
-    gathered = mesh.gather(views)
-    differing = [key for key in views if len({view[key] for view in gathered}) > 1]
-    if differing:
-        raise UserError(
-            f"the ranks see different {' and '.join(differing)}; give all nodes the same command "
-            "and keep train.run_dir and the data on storage that they share"
-        )
-
-
-def check_resume(path: Path, config: RunConfig, loader: SpanCorruptionLoader) -> None:
-    """Refuse to go on from `path` if that would be another run: other configuration or data."""
-    changed = [
-        line
-        for key, line in differences(read_config(path), config)
-        if not key.startswith(_MAY_CHANGE)
-    ]
-    if changed:
-        raise UserError(
-            f"{path} was written under another configuration: {'; '.join(changed)}. Use the same "
-            "values, or another train.run_dir for a new run"
-        )
-    trained_on = read_state(path)["state"]["fingerprint"]
-    if trained_on != loader.fingerprint:
-        raise UserError(
-            f"{path} was trained on other data (fingerprint {trained_on}) than data.train="
-            f"{config.data.train!r} ({loader.fingerprint}); give the same data or another "
-            "train.run_dir"
-        )

@@ -174,28 +174,36 @@ def train_alone(config: RunConfig, dtype: torch.dtype, steps: int) -> Outcome:
     """Likewise in one process, and look at how tokens were routed."""
     with working_in(dtype):
         training = Training.start(config)
-        dropped, margin = watch_routing(training.parts)
+        routings = Routings(training.parts)
         outcome = training.steps(steps)
-    outcome.dropped, outcome.margin = sum(dropped), min(margin)
+    outcome.dropped, outcome.margin = routings.dropped, routings.margin
     return outcome
 
 
-def watch_routing(parts: Parts) -> tuple[list[int], list[float]]:
-    """Lists that every forward pass adds to: tokens dropped, and the least margin of a choice."""
-    dropped: list[int] = []
-    margins: list[float] = []
+class Routings:
+    """What the Switch layers of a whole model do from now on.
 
-    def look(router: Any, arguments: Any, routing: Routing) -> None:
+    Attributes:
+        dropped: real tokens that found no place.
+        margin: least distance between the probabilities of a token's two best experts.
+        tokens: by expert, of each forward pass of a layer, before any is dropped.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self.dropped = 0
+        self.margin = math.inf
+        self.tokens: list[list[int]] = []
+        for module in parts.models[0].modules():
+            if isinstance(module, SwitchRouter):
+                module.register_forward_hook(self._look)
+
+    def _look(self, router: Any, arguments: Any, routing: Routing) -> None:
         groups = arguments[1]
         first, second = routing.probabilities.detach().topk(2, -1).values.unbind(-1)
-        margins.append(float((first - second)[groups.exists].min()))
-        dropped.append(int((groups.real & ~routing.kept).sum()))
-
-    for model in parts.models.values():
-        for module in model.modules():
-            if isinstance(module, SwitchRouter):
-                module.register_forward_hook(look)
-    return dropped, margins
+        self.margin = min(self.margin, float((first - second)[groups.exists].min()))
+        self.dropped += int((groups.real & ~routing.kept).sum())
+        chosen = routing.expert[groups.exists]
+        self.tokens.append(torch.bincount(chosen, minlength=len(router.weight)).tolist())
 
 
 def assemble(parts: Iterable[dict[str, Held]]) -> tuple[dict[str, Tensor], set[str]]:

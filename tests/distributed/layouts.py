@@ -123,9 +123,7 @@ def case(layout: str, **options: Any) -> Case:
     """A case such as case("ep2·tp2", zero="full"); what is not given takes the first value."""
     grid = Grid(**{axis: int(n) for axis, n in re.findall(r"(pp|edp|ep|tp)(\d+)", layout)})
     free = {k: options.pop(k) for k in FREE if k in options}
-    fitting = [
-        s for s in structures(grid) if all(getattr(s, k) == v for k, v in options.items())
-    ]
+    fitting = [s for s in structures(grid) if all(getattr(s, k) == v for k, v in options.items())]
     assert fitting, f"{layout} has no structure with {options}"
     return Case(grid, fitting[0], Free(**free))
 
@@ -277,7 +275,7 @@ def _best(of: Sequence[Grid], missing: dict[Pair, None], turn: int, wanted: Pair
     best = max(_turned([c for c in candidates if fits(c)], 7 * turn), key=gain)
     for place, (option, values) in enumerate(FREE.items()):
         if option not in fixed:
-            chosen = [replace(best.free, **{option: v}) for v in _turned(values, turn + place)]
+            chosen = [replace(best.free, **{option: v}) for v in _turned(values, turn // (place + 1))]
             best = max((replace(best, free=free) for free in chosen), key=gain)
     return best
 
@@ -330,7 +328,9 @@ def main() -> None:
         possible = len(structures(grid)) * len(list(free))
         taken = sum(case.grid == grid for case in short)
         counts = (possible, taken, len(long_tier(grid)), len(possible_pairs((grid,))))
-        print(f"{grid!s:<20}{grid.ranks:>5}{counts[0]:>10}{counts[1]:>11}{counts[2]:>16}{counts[3]:>7}")
+        print(
+            f"{grid!s:<20}{grid.ranks:>5}{counts[0]:>10}{counts[1]:>11}{counts[2]:>16}{counts[3]:>7}"
+        )
     print(f"\nmake test: {len(short)} cases, all {len(possible_pairs(tuple(GRIDS)))} pairs")
     total = sum(len(long_tier(grid)) for grid in GRIDS)
     print(f"make test-long: {total} cases, all pairs on every mesh\n")

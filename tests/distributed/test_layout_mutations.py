@@ -95,9 +95,7 @@ def gate_without_gradient() -> Any:
 
 def dropout_by_rank() -> Any:
     original = noise.stable_hash
-    return mock.patch.object(
-        noise, "stable_hash", lambda *parts: original(*parts, dist.get_rank())
-    )
+    return mock.patch.object(noise, "stable_hash", lambda *parts: original(*parts, dist.get_rank()))
 
 
 def weights_by_rank() -> Any:

@@ -102,9 +102,7 @@ def test_cases_cover_every_pair_of_values_that_is_possible():
     axes = asdict(Grid()).keys()
     items = [(k, v) for k, vs in values.items() for v in vs] + [(a, "several") for a in axes]
     seen = {frozenset(pair) for pair in covered}
-    missing = {
-        frozenset((a, b)) for a in items for b in items if a[0] < b[0]
-    } - seen
+    missing = {frozenset((a, b)) for a in items for b in items if a[0] < b[0]} - seen
     assert {tuple(sorted(map(str, pair))) for pair in missing} == set(map(tuple, IMPOSSIBLE))
 
 

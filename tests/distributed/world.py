@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import gc
 import multiprocessing as mp
 import os
 import pickle
@@ -127,6 +128,7 @@ def _serve(rank: int, pipe: Connection, inherited: list[Connection]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    gc.freeze()  # what came with the fork is never looked through again
     while True:
         try:
             work = pipe.recv_bytes()
@@ -154,4 +156,5 @@ def _work(
     result = function(*args)
     dist.barrier()
     dist.destroy_process_group()
+    gc.collect()  # what held groups, whose threads would otherwise stay
     return result

@@ -108,7 +108,8 @@ def _sliced(tensor: Tensor, axes: tuple[Any, ...], mesh: Mesh) -> nn.Parameter:
     used = [a for a in ("ep", "tp") if a in axes and mesh.axis(a).size > 1]
     if used:
         placements = [Shard(axes.index(a)) for a in used]
-        tensor = distribute_tensor(tensor, mesh.devices[tuple(used)], placements)
+        grid = mesh.expert_grid if "ep" in axes else mesh.dense_grid
+        tensor = distribute_tensor(tensor, grid[tuple(used)], placements)
     return declare(nn.Parameter(tensor), *axes)
 
 
@@ -122,8 +123,9 @@ def build(layout: str | None, mesh: Mesh) -> dict[str, Weight]:
     if layout and LAYOUTS[layout].zero != "none":
         hsdp = mesh.axis("replica").size > 1
         experts = [m for n, m in model.named_modules() if n.endswith("experts")]
-        for part, axis in [*((m, "shard") for m in experts), (model, "dense_shard")]:
-            fully_shard(part, mesh=mesh.devices[("replica", axis) if hsdp else axis])
+        dense = (model, mesh.dense_grid, "dense_shard")
+        for part, grid, axis in [*((m, mesh.expert_grid, "shard") for m in experts), dense]:
+            fully_shard(part, mesh=grid[("replica", axis) if hsdp else axis])
     weights = {}
     for name, parameter in model.named_parameters():
         data = parameter.data
