@@ -26,6 +26,7 @@ from transformers import (
 
 from megaswitch.checkpoint.huggingface import to_hf
 from megaswitch.config import load_config
+from megaswitch.data.span_corruption import Seq2SeqBatch
 from megaswitch.layers.noise import Noise
 from megaswitch.model.switch_transformer import SwitchTransformer
 from megaswitch.optim.build import build_optimizer, clip_gradients
@@ -116,11 +117,19 @@ class Step:
 def our_loss(model: SwitchTransformer, config: RunConfig, batch: list[Tensor]) -> Tensor:
     """As `Trainer` computes it, without padding."""
     encoder, decoder, targets = batch
-    rows = len(encoder)
-    output = model(encoder, decoder, noise=Noise(0, 0, torch.arange(rows)))
-    whole = BatchSize(rows=rows, tokens=targets.numel())
-    mask = torch.ones_like(targets, dtype=torch.bool)
-    return training_loss(output, targets, mask, whole, config)[0]
+    samples = torch.arange(len(encoder))
+    output = model(encoder, decoder, noise=Noise(0, 0, samples))
+    full = Seq2SeqBatch(
+        encoder_tokens=encoder,
+        decoder_tokens=decoder,
+        decoder_targets=targets,
+        encoder_mask=torch.ones_like(encoder, dtype=torch.bool),
+        decoder_mask=torch.ones_like(decoder, dtype=torch.bool),
+        sample_index=samples,
+    )
+    loss, _ = training_loss(output, full, BatchSize(len(encoder), targets.numel()), config)
+    assert loss is not None
+    return loss
 
 
 def hf_loss(model: nn.Module, batch: list[Tensor], **arguments: Any) -> Tensor:
