@@ -232,7 +232,7 @@ def differences(
     """By name, what is wrong with tensors: relative to each one's largest element."""
     whole, disputed = assemble(ours)
     expected, _ = assemble([reference])
-    wrong = {name: "missing or not known" for name in whole.keys() ^ expected.keys()}
+    wrong = dict.fromkeys(whole.keys() ^ expected.keys(), "missing or not known")
     for name in whole.keys() & expected.keys():
         largest = expected[name].abs().max().clamp(min=torch.finfo(torch.float64).tiny)
         error = float((whole[name] - expected[name]).abs().max() / largest)

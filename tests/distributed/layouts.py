@@ -275,7 +275,9 @@ def _best(of: Sequence[Grid], missing: dict[Pair, None], turn: int, wanted: Pair
     best = max(_turned([c for c in candidates if fits(c)], 7 * turn), key=gain)
     for place, (option, values) in enumerate(FREE.items()):
         if option not in fixed:
-            chosen = [replace(best.free, **{option: v}) for v in _turned(values, turn // (place + 1))]
+            chosen = [
+                replace(best.free, **{option: v}) for v in _turned(values, turn // (place + 1))
+            ]
             best = max((replace(best, free=free) for free in chosen), key=gain)
     return best
 

@@ -1,4 +1,4 @@
-"""Expert parallelism under the worst of routings, and with garbage in all memory that is not data."""
+"""Expert parallelism under the worst of routings, and garbage in all memory that is not data."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext

@@ -48,9 +48,7 @@ def leg(ranks: int, overrides: list[str]) -> bool:
 
 
 @pytest.mark.parametrize("optimizer", ["adafactor", "adamw"])
-def test_a_run_may_change_its_layout_between_any_two_steps(
-    world, run_options, tmp_path, optimizer
-):
+def test_a_run_may_change_its_layout_between_any_two_steps(world, run_options, tmp_path, optimizer):
     rate = "0.05" if optimizer == "adafactor" else "0.003"
     options = [
         *run_options,

@@ -117,8 +117,8 @@ def targets_off_by_one_beyond_the_first_rank() -> Any:
 @contextmanager
 def zero_averages() -> Iterator[None]:
     with (
-        mock.patch.object(FSDPModule, "set_gradient_divide_factor", lambda self, factor: None),
-        mock.patch.object(FSDPModule, "set_force_sum_reduction_for_comms", lambda self, on: None),
+        mock.patch.object(FSDPModule, "set_gradient_divide_factor", return_value=None),
+        mock.patch.object(FSDPModule, "set_force_sum_reduction_for_comms", return_value=None),
     ):
         yield
 

@@ -1,7 +1,7 @@
 """Eight processes that wait for work: forked once, joined by gloo anew for each piece of it.
 
 A function and its arguments travel by pickle, so the function is found by its name. Whatever the
-piece of work did to `torch.distributed` is gone after it; the processes and what they imported stay.
+piece of work did to `torch.distributed` is gone after it; the processes and their imports stay.
 """
 
 from __future__ import annotations
