@@ -89,16 +89,18 @@ def counted(mesh: Mesh) -> Iterator[Traffic]:
 
         return mock.patch.object(dist, operation, call)
 
-    def send(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        traffic.add("send", axis(kwargs.get("group")), tensor.nbytes)
-        return isend(tensor, *args, **kwargs)
+    make = dist.P2POp.__init__
 
-    isend = dist.isend
+    def send(self: dist.P2POp, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        if self.op is dist.isend:
+            traffic.add("send", axis(self.group), self.tensor.nbytes)
+
     with ExitStack() as stack:
         for operation in ALIASES:
             if hasattr(dist, operation):
                 stack.enter_context(wrapped(operation))
-        stack.enter_context(mock.patch.object(dist, "isend", send))
+        stack.enter_context(mock.patch.object(dist.P2POp, "__init__", send))
         yield traffic
 
 
