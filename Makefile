@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-long lint clean
+.PHONY: demo test test-long layouts lint clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -22,6 +22,10 @@ test: $(STAMP)
 
 test-long: $(STAMP)
 	$(BIN)/pytest -m long --timeout 1800
+
+# Which layouts and options the tests prove to equal one process.
+layouts: $(STAMP)
+	$(BIN)/python -m tests.distributed.layouts
 
 lint: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -72,6 +72,11 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
     return _all_gather(x, axis, 0).view(axis.size, *x.shape)
 
 
+def _newest(name: str, before: str) -> Any:
+    """A collective of torch that has a new name since 2.13, which warns at the one `before`."""
+    return getattr(dist, name, None) or getattr(dist, before)
+
+
 def _all_reduce(x: Tensor, axis: Axis) -> Tensor:
     summed = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(summed, group=axis.group)
@@ -80,7 +85,9 @@ def _all_reduce(x: Tensor, axis: Axis) -> Tensor:
 
 def _all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
     gathered = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(gathered, x.contiguous(), group=axis.group)
+    _newest("all_gather_single", "all_gather_into_tensor")(
+        gathered, x.contiguous(), group=axis.group
+    )
     dim %= x.ndim
     if dim == 0:
         return gathered
@@ -92,7 +99,9 @@ def _reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
     if dim != 0:
         x = torch.cat(x.chunk(axis.size, dim))
     part = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
-    dist.reduce_scatter_tensor(part, x.contiguous(), group=axis.group)
+    _newest("reduce_scatter_single", "reduce_scatter_tensor")(
+        part, x.contiguous(), group=axis.group
+    )
     return part
 
 
