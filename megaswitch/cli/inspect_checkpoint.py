@@ -11,10 +11,10 @@ from typing import Any
 from rich.table import Table
 
 from megaswitch.checkpoint.manager import FORMAT, read_config, read_state, verify
+from megaswitch.checkpoint.tensor_files import StoredTensor, read_headers
 from megaswitch.cli.changes import changes
 from megaswitch.cli.parameter_tree import parameter_tree
 from megaswitch.cli.show import print_fields, print_lines, print_table, size, sparkline
-from megaswitch.cli.tensor_files import StoredTensor, read_headers
 from megaswitch.cli.tensor_stats import Stats, merged, spread, tensor_stats
 from megaswitch.config import RunConfig
 from megaswitch.data.tokenizer import Tokenizer

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from megaswitch.cli.tensor_files import StoredTensor
+from megaswitch.checkpoint.tensor_files import StoredTensor
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megaswitch.cli.tensor_files import StoredTensor
+from megaswitch.checkpoint.tensor_files import StoredTensor
 
 
 @dataclass

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megaswitch.checkpoint import tensor_files
 from megaswitch.checkpoint.manager import checkpoints, find_checkpoint, read_config
-from megaswitch.cli import tensor_files
+from megaswitch.checkpoint.tensor_files import StoredTensor, read_headers
 from megaswitch.cli.parameter_tree import parameter_tree
-from megaswitch.cli.tensor_files import StoredTensor, read_headers
 from megaswitch.cli.tensor_stats import Stats, spread, tensor_stats
 from megaswitch.files import sha256
 from megaswitch.log import UserError
