@@ -13,7 +13,7 @@ import os, sys
 from megaswitch.cli import main
 from megaswitch.data.loader import SpanCorruptionLoader
 from megaswitch.log import UserError
-from megaswitch.train import evaluate
+from megaswitch.train import trained
 
 kind = sys.argv.pop(1)
 if os.environ["RANK"] == "1":
@@ -22,8 +22,8 @@ if os.environ["RANK"] == "1":
             raise UserError("the data of this node is gone")
         SpanCorruptionLoader.batch = batch
     if kind == "sees another checkpoint":
-        read_state = evaluate.read_state
-        evaluate.read_state = lambda path: read_state(path) | {"state": {"step": 99}}
+        read_state = trained.read_state
+        trained.read_state = lambda path: read_state(path) | {"state": {"step": 99}}
 main()
 """
 
