@@ -82,8 +82,7 @@ def generate(
       megaswitch generate runs/demo "It was a <extra_id_0> day, and the sea was <extra_id_1>."
       megaswitch generate runs/demo --input prompts.txt --beams 4 --output answers.txt
       megaswitch generate runs/demo --temperature 0.8 --top-p 0.9
-      torchrun --nproc-per-node 8 --no-python megaswitch generate runs/xxl --input prompts.txt \\
-        --ep 4 --tp 2 --output answers.txt
+      torchrun --nproc-per-node 8 --no-python megaswitch generate runs/xxl "A prompt." --ep 4 --tp 2
     """
     from megaswitch.train.generate import Decoding
 
@@ -102,7 +101,10 @@ def generate(
     with joined(device, config.parallel) as (mesh, watchdog):
         talk, texts = mesh.gather((talk, texts))[0]
         if talk and mesh.size > 1:
-            raise UserError("prompts cannot be typed into several processes: give --input FILE")
+            raise UserError(
+                f"prompts cannot be typed into {mesh.size} processes: give them as arguments, with "
+                "--input FILE, or through a pipe"
+            )
         with mesh.together():
             pieces = checkpoint_tokenizer(found, tokenizer)
             check_prompts(texts, pieces.num_extra_ids)
