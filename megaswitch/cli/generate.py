@@ -99,28 +99,16 @@ def generate(
 
     found, config = find_trained(checkpoint, world_size(), ep=ep, tp=tp)
     with joined(device, config.parallel) as (mesh, watchdog):
-        talk, texts = mesh.gather((talk, texts))[0]
-        if talk and mesh.size > 1:
-            raise UserError(
-                f"prompts cannot be typed into {mesh.size} processes: give them as arguments, with "
-                "--input FILE, or through a pipe"
-            )
+        talk, texts = _of_rank_zero(talk, texts, mesh)
         with mesh.together():
             pieces = checkpoint_tokenizer(found, tokenizer)
             check_prompts(texts, pieces.num_extra_ids)
-        parts, _ = load_trained(found, config, mesh)
-        model = parts.models[0]
-        # It ends every step.
-        model.decoder.final_norm.register_forward_hook(lambda *_: watchdog.at(0, "decoding"))
+        model = load_trained(found, config, mesh)[0].models[0]
+        last = model.decoder.final_norm  # of every step
+        last.register_forward_hook(lambda *_: watchdog.at(0, "decoding"))
         writer = TextGenerator(model, pieces, decoding, PRECISIONS[precision])
         shown = _Shown(raw=raw, as_json=as_json)
-        one = mesh.gather(len(texts) == 1 and shown.streams and not output)[0]
-        if talk:
-            _talk(writer, shown)
-        elif one and writer.can_stream:
-            _stream(writer, shown, texts[0], mesh)
-        else:
-            _write(_completions(writer, texts, batch_size, mesh), shown, output, len(texts))
+        _talk(writer, shown) if talk else _answer(writer, texts, batch_size, shown, output, mesh)
 
 
 def _check(
@@ -165,6 +153,33 @@ def _read(prompts: tuple[str, ...], source: Path | None) -> list[str]:
             f"{source or 'standard input'} holds no prompt: give one a line, or as arguments"
         )
     return texts
+
+
+def _of_rank_zero(talk: bool, texts: list[str], mesh: Mesh) -> tuple[bool, list[str]]:
+    """Whether prompts will be typed, and those that are known, for all ranks."""
+    talk, texts = mesh.gather((talk, texts))[0]
+    if talk and mesh.size > 1:
+        raise UserError(
+            f"prompts cannot be typed into {mesh.size} processes: give them as arguments, with "
+            "--input FILE, or through a pipe"
+        )
+    return talk, texts
+
+
+def _answer(
+    writer: TextGenerator,
+    texts: list[str],
+    batch_size: int,
+    shown: _Shown,
+    output: Path | None,
+    mesh: Mesh,
+) -> None:
+    """Answer the prompts; a single one on a terminal as the answer grows."""
+    watched = mesh.gather(len(texts) == 1 and shown.streams and not output)[0]
+    if watched and writer.can_stream:
+        _stream(writer, shown, texts[0], mesh)
+    else:
+        _write(_completions(writer, texts, batch_size, mesh), shown, output, len(texts))
 
 
 def _completions(

@@ -78,9 +78,10 @@ def figures(checkpoint: Path, data: list[str], layout: str) -> dict:
 
 def test_figures_of_any_layout_are_those_of_one_process(world, run_options, tmp_path, corpus):
     """Of a checkpoint that yet another layout wrote; batches can nowhere be shared evenly."""
-    trained = ["--parallel.pp=2", "--parallel.ep=2", "--parallel.tp=2", "--train.steps=2"]
-    assert all(world.run(8, leg, 8, [*run_options, *trained]))
-    data = [f"{corpus}-valid", f"again={corpus}-valid"]
+    layout = ["--parallel.pp=2", "--parallel.ep=2", "--parallel.tp=2"]
+    steps = ["--train.steps=2", "--train.batch_size=16"]
+    assert all(world.run(8, leg, 8, [*run_options, *layout, *steps]))
+    data = [f"{corpus}-valid", str(corpus)]
     (one,) = world.run(1, figures, tmp_path / "run", data, "alone")
     assert one["/total/samples"] == 36
     for layout in ("ep2", "tp2", "ep4", "tp4", "ep2·tp2", "edp2·ep2", "edp2·tp2", "ep4·tp2",

@@ -72,14 +72,14 @@ def built(config: RunConfig) -> tuple[Mesh, Parts]:
     grouped = torch.distributed.is_initialized()
     mesh = Mesh.over_ranks(CPU, config.parallel) if grouped else Mesh(0, 1, CPU, None)
     parts = build_parts(config, mesh, training=False)
-    parts.initialize(3)
+    parts.initialize(5)
     parts.train(False)
     # The end of a text is likely enough to come early in some and late in others.
     head = parts.weights["embedding.weight" if config.model.tie_embeddings else "head.weight"]
     rows = head.block.slices[0]
     if rows.start <= EOS_ID < rows.stop:
         with torch.no_grad():
-            head.local[EOS_ID - rows.start] *= 2.5
+            head.local[EOS_ID - rows.start] *= 3.5
     return mesh, parts
 
 
