@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,25 @@ def check_parallel(config: RunConfig, world_size: int) -> Iterator[str]:
     yield from _check_experts(config, world_size)
     yield from _check_pipeline(config, world_size)
     yield from _check_zero(config.parallel, world_size)
+
+
+def check_options(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Problems of the layout that a trained model is to be loaded in, in words of --ep and --tp.
+
+    Args:
+        config: of the model, with `parallel` as the options say.
+        world_size: ranks.
+    """
+    parallel = config.parallel
+    for problem in (
+        *_check_ranks(parallel, world_size),
+        *_check_tensor(config, world_size),
+        *_check_experts(config, world_size),
+    ):
+        # These commands have no pipeline, and cannot give a trained model other sizes.
+        text = problem.replace("parallel.pp × ep × tp = 1 × ", "--ep × --tp = ")
+        text = re.sub(r"use ep=1, or set num_experts .*", "use --ep=1", text)
+        yield re.sub(r"\bparallel\.(ep|tp)\b", r"--\1", text)
 
 
 def data_parallel_ranks(parallel: ParallelConfig, world_size: int) -> int | None:

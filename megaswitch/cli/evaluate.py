@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from megaswitch.cli.common import PATH, echo, stdout
+from megaswitch.cli.common import PATH, echo, joined, stdout
 from megaswitch.log import is_rank_zero
 
 if TYPE_CHECKING:
@@ -46,6 +44,10 @@ _NAME_LENGTH = 40
               help="bf16: autocast over fp32 weights.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), show_default="as trained",
               help="Of the choice of spans.")  # fmt: skip
+@click.option("--ep", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Ranks that the experts lie on.")  # fmt: skip
+@click.option("--tp", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Ranks that slice each matrix.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable figures.")
 @click.option("--plot", type=PATH, metavar="FILE", help="Draw losses and expert loads (.png, …).")
 def evaluate(
@@ -59,36 +61,38 @@ def evaluate(
     evaluated unless --samples limits them. Lengths, corruption, capacity and routing groups are
     those of validation in training, so the figures agree with it.
 
+    Several processes share the samples, each with the whole model, or with a part of it as --ep and
+    --tp say, whatever the layout of the training. The figures do not depend on it.
+
     \b
     Examples:
       megaswitch evaluate runs/base-8 data/corpus_valid
       megaswitch evaluate runs/base-8 books=b.txt.gz web=w.jsonl.zst --samples 1000 --plot eval.png
       megaswitch evaluate runs/base-8 all.jsonl.zst --by lang --json > eval.json
       torchrun --nproc-per-node 8 --no-python megaswitch evaluate runs/base-8 data/corpus_valid
+      torchrun --nproc-per-node 8 --no-python megaswitch evaluate runs/xxl data/valid --ep 4 --tp 2
     """
-    from megaswitch.parallel.mesh import Mesh
+    from megaswitch.parallel.mesh import world_size
     from megaswitch.train.evaluate import Request
     from megaswitch.train.evaluate import evaluate as run
     from megaswitch.train.plots import check_plot, plot_evaluation
 
-    # torchrun ends the other ranks so when one fails; temporary files then go, too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    mesh = Mesh.start(device)
-    with mesh.together():
-        if plot and mesh.rank == 0:
-            check_plot(plot)
-    evaluation = run(Request(data=data, **request), mesh)
-    if as_json:
-        text = json.dumps(_as_json(evaluation), indent=2, allow_nan=False)
-        # Lists of numbers on one line: thousands of experts would be as many lines.
-        echo(re.sub(r"\[[\d,\s]*\]", lambda match: " ".join(match[0].split()), text))
-    else:
-        _print(evaluation)
-    with mesh.together():
-        if plot and is_rank_zero():
-            title = f"{evaluation.checkpoint.name} · {evaluation.total.samples:,} samples"
-            plot_evaluation(plot, evaluation.sources, evaluation.total.router, title)
-    mesh.stop()
+    plan = Request(data=data, **request).plan(world_size())
+    with joined(device, plan.config.parallel) as (mesh, watchdog):
+        with mesh.together():
+            if plot and mesh.rank == 0:
+                check_plot(plot)
+        evaluation = run(plan, mesh, watchdog)
+        if as_json:
+            text = json.dumps(_as_json(evaluation), indent=2, allow_nan=False)
+            # Lists of numbers on one line: thousands of experts would be as many lines.
+            echo(re.sub(r"\[[\d,\s]*\]", lambda match: " ".join(match[0].split()), text))
+        else:
+            _print(evaluation)
+        with mesh.together():
+            if plot and is_rank_zero():
+                title = f"{evaluation.checkpoint.name} · {evaluation.total.samples:,} samples"
+                plot_evaluation(plot, evaluation.sources, evaluation.total.router, title)
 
 
 def _as_json(evaluation: Evaluation) -> dict[str, Any]:

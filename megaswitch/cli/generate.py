@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from megaswitch.cli.common import PATH, echo, on_terminal
+from megaswitch.cli.common import PATH, echo, joined, on_terminal
 from megaswitch.log import UserError, console, info, is_rank_zero
 
 if TYPE_CHECKING:
@@ -46,6 +46,10 @@ _BOLD = "\033[1;36m{}\033[0m"
               type=click.Choice(["auto", "cpu", "cuda"]))  # fmt: skip
 @click.option("--precision", default="fp32", show_default=True,
               type=click.Choice(["fp32", "bf16"]))  # fmt: skip
+@click.option("--ep", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Ranks that the experts lie on.")  # fmt: skip
+@click.option("--tp", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Ranks that slice each matrix.")  # fmt: skip
 @click.option("--no-cache", is_flag=True, help="Compute all keys and values again for each token.")
 def generate(
     checkpoint: Path,
@@ -59,6 +63,8 @@ def generate(
     device: str,
     precision: str,
     no_cache: bool,
+    ep: int,
+    tp: int,
     **settings: Any,
 ) -> None:
     """Fill in blanks, or answer text with text.
@@ -68,13 +74,15 @@ def generate(
     standard input is read: on a terminal one prompt at a time, answered as you type.
 
     Experts take every token, and a text depends on its own prompt alone: not on the batch, not on
-    the number of processes.
+    the number of processes. These share the prompts, each with the whole model, or with a part of
+    it as --ep and --tp say, whatever the layout of the training.
 
     \b
     Examples:
       megaswitch generate runs/demo "It was a <extra_id_0> day, and the sea was <extra_id_1>."
       megaswitch generate runs/demo --input prompts.txt --beams 4 --output answers.txt
       megaswitch generate runs/demo --temperature 0.8 --top-p 0.9
+      torchrun --nproc-per-node 8 --no-python megaswitch generate runs/xxl "A prompt." --ep 4 --tp 2
     """
     from megaswitch.train.generate import Decoding
 
@@ -83,27 +91,24 @@ def generate(
     talk = not (prompts or source or output) and on_terminal(sys.stdin)
     texts = [] if talk else _read(prompts, source)
 
-    import megaswitch
     from megaswitch.data.prompts import check_prompts
-    from megaswitch.parallel.mesh import Mesh
+    from megaswitch.parallel.mesh import world_size
     from megaswitch.train.objectives import PRECISIONS
     from megaswitch.train.text import TextGenerator, checkpoint_tokenizer
+    from megaswitch.train.trained import find_trained, load_trained
 
-    mesh = Mesh.start(device)
-    talk, texts = mesh.gather((talk, texts))[0]
-    with mesh.together():
-        pieces = checkpoint_tokenizer(checkpoint, tokenizer)
-        check_prompts(texts, pieces.num_extra_ids)
-        model = megaswitch.load_model(checkpoint, device=str(mesh.device))
-    writer = TextGenerator(model, pieces, decoding, PRECISIONS[precision])
-    shown = _Shown(raw=raw, as_json=as_json)
-    if talk:
-        _talk(writer, shown, mesh)
-    elif len(texts) == mesh.size == 1 and shown.streams and writer.can_stream and not output:
-        shown.stream(writer, texts[0], 0)
-    else:
-        _write(_completions(writer, texts, batch_size, mesh), shown, output, len(texts))
-    mesh.stop()
+    found, config = find_trained(checkpoint, world_size(), ep=ep, tp=tp)
+    with joined(device, config.parallel) as (mesh, watchdog):
+        talk, texts = _of_rank_zero(talk, texts, mesh)
+        with mesh.together():
+            pieces = checkpoint_tokenizer(found, tokenizer)
+            check_prompts(texts, pieces.num_extra_ids)
+        model = load_trained(found, config, mesh)[0].models[0]
+        last = model.decoder.final_norm  # of every step
+        last.register_forward_hook(lambda *_: watchdog.at(0, "decoding"))
+        writer = TextGenerator(model, pieces, decoding, PRECISIONS[precision])
+        shown = _Shown(raw=raw, as_json=as_json)
+        _talk(writer, shown) if talk else _answer(writer, texts, batch_size, shown, output, mesh)
 
 
 def _check(
@@ -150,15 +155,61 @@ def _read(prompts: tuple[str, ...], source: Path | None) -> list[str]:
     return texts
 
 
+def _of_rank_zero(talk: bool, texts: list[str], mesh: Mesh) -> tuple[bool, list[str]]:
+    """Whether prompts will be typed, and those that are known, for all ranks."""
+    talk, texts = mesh.gather((talk, texts))[0]
+    if talk and mesh.size > 1:
+        raise UserError(
+            f"prompts cannot be typed into {mesh.size} processes: give them as arguments, with "
+            "--input FILE, or through a pipe"
+        )
+    return talk, texts
+
+
+def _answer(
+    writer: TextGenerator,
+    texts: list[str],
+    batch_size: int,
+    shown: _Shown,
+    output: Path | None,
+    mesh: Mesh,
+) -> None:
+    """Answer the prompts; a single one on a terminal as the answer grows."""
+    watched = mesh.gather(len(texts) == 1 and shown.streams and not output)[0]
+    if watched and writer.can_stream:
+        _stream(writer, shown, texts[0], mesh)
+    else:
+        _write(_completions(writer, texts, batch_size, mesh), shown, output, len(texts))
+
+
 def _completions(
     writer: TextGenerator, texts: list[str], batch_size: int, mesh: Mesh
 ) -> Iterator[Completion]:
-    """Answers in order; batches are dealt out to the ranks, a round at a time."""
-    for start in range(0, len(texts), batch_size * mesh.size):
-        first = start + mesh.rank * batch_size
+    """Answers in order; batches are dealt out to the data-parallel ranks, a round at a time."""
+    for start in range(0, len(texts), batch_size * mesh.dp.size):
+        first = start + mesh.dp.rank * batch_size
         batch = texts[first : first + batch_size]
-        for part in mesh.gather(writer.complete(batch, first) if batch else []):
+        answers: list[Completion] = []
+        with mesh.together():
+            if batch:
+                answers = writer.complete(batch, first)
+            else:
+                writer.accompany()
+        # Tensor-parallel ranks have the same ones.
+        for part in mesh.gather(answers if mesh.axis("tp").rank == 0 else []):
             yield from part
+
+
+def _stream(writer: TextGenerator, shown: _Shown, prompt: str, mesh: Mesh) -> None:
+    """Answer one prompt; rank 0 shows how the answer grows."""
+    with mesh.together():
+        if mesh.dp.rank:
+            writer.accompany()
+        elif mesh.rank:
+            for _ in writer.stream(prompt):
+                pass
+        else:
+            shown.stream(writer, prompt, 0)
 
 
 class _Shown:
@@ -194,10 +245,8 @@ class _Shown:
         click.echo(text[len(shown) :] if text.startswith(shown) else f"\n{text}")
 
 
-def _talk(writer: TextGenerator, shown: _Shown, mesh: Mesh) -> None:
+def _talk(writer: TextGenerator, shown: _Shown) -> None:
     """Answer prompts as they are typed."""
-    if mesh.size > 1:
-        raise UserError("prompts cannot be typed into several processes: give --input FILE")
     from megaswitch.data.prompts import check_prompts
 
     with suppress(ImportError):

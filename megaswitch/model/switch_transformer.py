@@ -17,6 +17,8 @@ from megaswitch.layers.parameter import Init, initialize, scaled
 from megaswitch.layers.vocab import Embedding, Head, tied_logits
 from megaswitch.model.blocks import Block
 from megaswitch.model.router import Routing
+from megaswitch.parallel import expert_parallel
+from megaswitch.parallel.expert_parallel import ExpertParallel
 from megaswitch.parallel.tensor_parallel import ALONE, TensorParallel
 
 
@@ -195,6 +197,7 @@ class SwitchTransformer(nn.Module):
     """
 
     tp: TensorParallel = ALONE
+    ep: ExpertParallel = expert_parallel.ALONE
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

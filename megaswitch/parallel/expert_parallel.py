@@ -56,6 +56,14 @@ class ExpertParallel:
         """
         return Shipment(self, counts, slots)
 
+    def largest(self, number: int, device: torch.device) -> int:
+        """The largest number that any of the ranks gives."""
+        if self.size == 1:
+            return number
+        numbers = torch.tensor(number, device=device)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.axis.group)
+        return int(numbers)
+
 
 ALONE = ExpertParallel()
 

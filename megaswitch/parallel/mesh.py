@@ -166,6 +166,11 @@ class Mesh:
         """Ranks that read different data."""
         return self.axis("dp")
 
+    @property
+    def exchanges(self) -> bool:
+        """Whether a model's pass waits for other ranks, which have parts of it."""
+        return any(self.axis(name).size > 1 for name in ("pp", "ep", "tp"))
+
     def stop(self) -> None:
         """Leave the group, all ranks together; not for a rank that failed, which just exits.
 

@@ -35,7 +35,8 @@ class Place:
         return replace(self, step=step, phase=phase)
 
     def __str__(self) -> str:
-        when = f" at step {self.step} ({self.phase})" if self.phase else ""
+        when = f" at step {self.step}" if self.step else ""
+        when += f" ({self.phase})" if self.phase else ""
         return f"{'waits in' if self.kind == 'collective' else 'is in'} {self.name}{when}"
 
 

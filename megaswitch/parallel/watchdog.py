@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import timedelta
 from typing import NoReturn
@@ -46,6 +46,7 @@ class Watchdog:
         self._step, self._phase = 0, ""
         self._limited, self._looks = False, 0  # looks into the store since the last progress
         self._failure: tuple[str, Place] | None = None  # of the main thread
+        self._cleanups: list[Callable[[], object]] = []
         self._wake, self._ended, self._stopped = (threading.Event() for _ in range(3))
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -53,12 +54,16 @@ class Watchdog:
         """Say what this rank does from now on.
 
         Args:
-            step: of training.
+            step: of training; 0: there are none.
             phase: such as "forward"; it may last `timeout` seconds.
             limited: False if it may last for ever, as a checkpoint of a large model may.
         """
         self._step, self._phase = step, phase
         self._limited, self._looks = limited, 0
+
+    def before_exit(self, clean: Callable[[], object]) -> None:
+        """Call `clean` if the job ends in a way that leaves no time for `finally`."""
+        self._cleanups.append(clean)
 
     def _start(self) -> None:
         self._thread.start()
@@ -80,7 +85,7 @@ class Watchdog:
         self._wake.set()
         if not self._ended.wait(_STORE + 2 * _ANSWERS):
             self._print(f"rank {self._mesh.rank} failed, {self._failure[0]}")
-        _exit()
+        self._exit()
 
     def _run(self) -> None:
         try:
@@ -110,7 +115,7 @@ class Watchdog:
                     "rank 0 or its node is gone, as the store there does not answer "
                     f"({_first_line(error)}); rank {self._mesh.rank} {self._place()}"
                 )
-                _exit()
+                self._exit()
 
     def _place(self) -> Place:
         place = self._failure[1] if self._failure else place_now(self._mesh)
@@ -138,7 +143,7 @@ class Watchdog:
         # Whoever holds the store leaves last.
         time.sleep(_POLL if rank == 0 else 0.0)
         self._ended.set()
-        _exit()
+        self._exit()
 
     def _collect(self, store: dist.Store) -> dict[int, Place]:
         keys = {rank: f"answer/{rank}" for rank in range(self._mesh.size)}
@@ -151,6 +156,16 @@ class Watchdog:
 
     def _print(self, text: str) -> None:
         print(f"error: the job ends: {text}", file=sys.stderr, flush=True)
+
+    def _exit(self) -> NoReturn:
+        """Exit at once; the usual way would wait for groups and threads that hang."""
+        for clean in self._cleanups:
+            with contextlib.suppress(Exception):
+                clean()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(1)
 
 
 @contextlib.contextmanager
@@ -206,11 +221,3 @@ def _first_line(error: BaseException) -> str:
     """The first line of a message, without gloo's place in its sources and its good wishes."""
     line = str(error).strip().partition("\n")[0]
     return re.sub(r"^\[[^\]]*\] |\. This is typically caused by .*", "", line)[:300]
-
-
-def _exit() -> NoReturn:
-    """Exit at once; the usual way would wait for groups and threads that hang."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(1)

@@ -120,7 +120,7 @@ class SampleProgress:
     _LINE_EVERY = 10.0  # seconds
 
     def __init__(self, samples: int, mesh: Mesh) -> None:
-        self.samples, self.ranks, self.quiet = samples, mesh.size, mesh.rank != 0
+        self.samples, self.ranks, self.quiet = samples, mesh.dp.size, mesh.rank != 0
         self.done = 0
         self.started = self.printed = time.monotonic()
         self.bar: Progress | None = None

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from pydantic import ValidationError
 
-from megaswitch.checkpoint.manager import (
-    find_checkpoint,
-    load_model_tensors,
-    read_config,
-    read_state,
-    verify,
-)
-from megaswitch.config import ParallelConfig, RunConfig
+from megaswitch.config import RunConfig
 from megaswitch.data.indexed import CorpusMeta
 from megaswitch.data.sources import DataFile, Source, parse_data, tokenize_sources
 from megaswitch.data.span_corruption import span_shape
@@ -28,9 +21,11 @@ from megaswitch.log import UserError, info
 from megaswitch.model.count import count
 from megaswitch.model.switch_transformer import rows_per_group
 from megaswitch.parallel.mesh import Mesh
+from megaswitch.parallel.table import layout_lines
+from megaswitch.parallel.watchdog import Watchdog
 from megaswitch.train.display import SampleProgress
-from megaswitch.train.parts import build_parts
 from megaswitch.train.runner import Runner
+from megaswitch.train.trained import check_same, find_trained, load_trained
 from megaswitch.train.validation import Figures, Validation, measure, open_corpus
 
 
@@ -49,6 +44,8 @@ class Request:
         mean_span_length: mean tokens per masked span.
         precision: "fp32" or "bf16".
         seed: of the choice of spans.
+        ep: ranks that the experts lie on.
+        tp: ranks that slice each matrix.
     """
 
     checkpoint: Path
@@ -61,13 +58,21 @@ class Request:
     mean_span_length: float | None = None
     precision: str | None = None
     seed: int | None = None
+    ep: int = 1
+    tp: int = 1
 
-    def applied(self, config: RunConfig) -> RunConfig:
-        """The checkpoint's configuration with what is asked for otherwise.
+    def plan(self, world_size: int) -> Plan:
+        """What that comes to on so many ranks. Needs no process group.
 
         Raises:
-            UserError: naming the values that no configuration may have.
+            UserError: there is no checkpoint, its model cannot be laid out so, or a value is one
+                that no configuration may have.
         """
+        checkpoint, config = find_trained(self.checkpoint, world_size, ep=self.ep, tp=self.tp)
+        return Plan(self, checkpoint, self._applied(config))
+
+    def _applied(self, config: RunConfig) -> RunConfig:
+        """The checkpoint's configuration with what is asked for otherwise."""
         shape = {
             key: value
             for key in ("encoder_length", "noise_density", "mean_span_length")
@@ -83,11 +88,25 @@ class Request:
                 config,
                 data=replace(config.data, **shape),
                 train=replace(config.train, **train),
-                parallel=ParallelConfig(),
             )
         except ValidationError as error:
             wrong = (f"{d['loc'][0]} is {d['input']!r}: {d['msg']}" for d in error.errors())
             raise UserError(f"{'; '.join(wrong)}. Give another value, or none") from error
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request that can be met.
+
+    Attributes:
+        request: as it was.
+        checkpoint: to evaluate.
+        config: its configuration, with what is asked for otherwise, and with the layout.
+    """
+
+    request: Request
+    checkpoint: Path
+    config: RunConfig
 
 
 @dataclass(frozen=True)
@@ -115,31 +134,29 @@ class Evaluation:
     total: Figures
 
 
-def evaluate(request: Request, mesh: Mesh) -> Evaluation:
+def evaluate(plan: Plan, mesh: Mesh, watchdog: Watchdog | None = None) -> Evaluation:
     """Evaluate a checkpoint, spread over the ranks.
 
     Routing groups, capacity and the samples of a corpus are those of the validation in training.
 
+    Args:
+        plan: from `Request.plan`.
+        mesh: the ranks, laid out as planned.
+        watchdog: is told of every batch.
+
     Raises:
         UserError: on every rank, saying what is wrong with the checkpoint or the data.
     """
+    request, checkpoint, config = plan.request, plan.checkpoint, plan.config
     with mesh.together():
-        checkpoint = find_checkpoint(request.checkpoint)
         files = parse_data(request.data, request.by)
-        state = read_state(checkpoint)
-        verify(checkpoint, sorted(state["files"])[mesh.rank :: mesh.size])
-    _check_same("checkpoints", state, mesh)
-    with mesh.together():
-        config = request.applied(read_config(checkpoint))
-        parts = build_parts(config, mesh, training=False)
         batch_size = _whole_groups(request.batch_size, config)
         tokenizer = _tokenizer_of(checkpoint, files)
-    load_model_tensors(checkpoint, parts.weights, distributed=mesh.group is not None)
-    parts.train(False)
-    with _corpora(files, tokenizer, config, request.by, mesh) as sources:
+    parts, step = load_trained(checkpoint, config, mesh)
+    with _corpora(files, tokenizer, config, request.by, mesh, watchdog) as sources:
         with mesh.together():
             validations = _open(sources, config, tokenizer, request.samples, batch_size)
-        _check_same("data", [v.loader.fingerprint for v in validations], mesh)
+        check_same("data", [v.loader.fingerprint for v in validations], mesh)
         samples = sum(v.samples for v in validations)
         info(
             f"{checkpoint} · {count(config.model).total_parameters:,} parameters · "
@@ -147,15 +164,21 @@ def evaluate(request: Request, mesh: Mesh) -> Evaluation:
             f"{config.train.precision} · {samples:,} samples of {len(sources)} "
             f"source{'s' if len(sources) > 1 else ''}"
         )
+        for line in layout_lines(config, mesh.size) if mesh.exchanges else ():
+            info(line)
         with SampleProgress(samples, mesh) as progress:
-            *each, total = measure(
-                Runner(config, mesh, parts), validations,
-                total=True, advance=progress.advance,
-            )  # fmt: skip
+
+            def advance(rows: int) -> None:
+                progress.advance(rows)
+                if watchdog:
+                    watchdog.at(0, "evaluation")
+
+            runner = Runner(config, mesh, parts)
+            *each, total = measure(runner, validations, total=True, advance=advance)
     names = [source.name for source in sources]
     return Evaluation(
         checkpoint=checkpoint,
-        step=state["state"]["step"],
+        step=step,
         config=config,
         decoder_length=validations[0].loader.decoder_length,
         batch_size=batch_size,
@@ -163,15 +186,6 @@ def evaluate(request: Request, mesh: Mesh) -> Evaluation:
         sources=dict(zip(names, each, strict=True)),
         total=total,
     )
-
-
-def _check_same(what: str, view: Any, mesh: Mesh) -> None:
-    """Refuse, on every rank, ranks that would add up figures of different things."""
-    if any(other != view for other in mesh.gather(view)):
-        raise UserError(
-            f"the ranks see different {what}; give all nodes the same command and keep checkpoint "
-            "and data on storage that they share"
-        )
 
 
 def _whole_groups(batch_size: int | None, config: RunConfig) -> int:
@@ -222,6 +236,7 @@ def _corpora(
     config: RunConfig,
     by: str | None,
     mesh: Mesh,
+    watchdog: Watchdog | None,
 ) -> Iterator[list[Source]]:
     """All sources as corpora; text is tokenized, once on each machine, while the context lasts."""
     texts = [file for file in files if file.is_text]
@@ -232,7 +247,9 @@ def _corpora(
     data = config.data
     least, _ = span_shape(data.encoder_length, data.noise_density, data.mean_span_length)
     local_rank = int(os.environ["LOCAL_RANK"]) if mesh.size > 1 else 0
-    with TemporaryDirectory(prefix="megaswitch-") as folder:
+    with TemporaryDirectory(prefix="megaswitch-", ignore_cleanup_errors=True) as folder:
+        if watchdog:
+            watchdog.before_exit(lambda: shutil.rmtree(folder, ignore_errors=True))
         tokenized: list[Source] = []
         with mesh.together():
             if local_rank == 0:

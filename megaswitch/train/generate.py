@@ -16,8 +16,9 @@ from torch import Tensor
 from megaswitch.data.span_corruption import EOS_ID, PAD_ID
 from megaswitch.layers.noise import Noise
 from megaswitch.log import UserError
-from megaswitch.model.decoding import CachedDecoder, PrefixDecoder, encode
+from megaswitch.model.decoding import encode
 from megaswitch.model.switch_transformer import SwitchTransformer
+from megaswitch.train.lockstep import Lockstep
 
 # The score of what must never be chosen; finite, so that sums and products of it stay numbers.
 _NEVER = -1e9
@@ -121,6 +122,9 @@ def generate(
     Experts take every token (`moe.capacity_mode` "hf" keeps HF's slots per row in the encoder and,
     without a cache, in the decoder). Dropout and jitter are off whatever the model's mode.
 
+    Of a model that lies on several ranks, all call this together: tensor-parallel ranks with the
+    same rows, expert-parallel ones each with its own, or `accompany` where there are none.
+
     Args:
         model: with its parameters; wrap the call in `torch.autocast` for bf16.
         encoder_tokens: [B, Le] int64.
@@ -147,7 +151,10 @@ def stream(
     sample_index: Tensor | None = None,
     **settings: Any,
 ) -> Iterator[Tensor]:
-    """`generate`, as it goes: yields each step's tokens [B] int64. Beams cannot be streamed."""
+    """`generate`, as it goes: yields each step's tokens [B] int64. Beams cannot be streamed.
+
+    Iterate to the end, as other ranks may wait for this one.
+    """
     decoding = Decoding(**settings)
     if decoding.beams > 1:
         raise UserError(
@@ -159,12 +166,29 @@ def stream(
     )
 
 
+@torch.no_grad()
+def accompany(model: SwitchTransformer, device: torch.device, **settings: Any) -> None:
+    """Take part where ranks that share experts with this one, which has no texts, `generate`.
+
+    Args:
+        model: this rank's part.
+        device: where it is.
+        **settings: the same as theirs.
+    """
+    nothing = torch.full((1, 1), PAD_ID, device=device)
+    _decoder(model, nothing, nothing != PAD_ID, Decoding(**settings)).finish()
+
+
 def _decoder(
     model: SwitchTransformer, tokens: Tensor, mask: Tensor | None, decoding: Decoding
-) -> CachedDecoder | PrefixDecoder:
-    kind = CachedDecoder if decoding.cache else PrefixDecoder
-    source = encode(model, tokens, mask)
-    return kind(model, source, beams=decoding.beams, max_tokens=decoding.max_tokens)
+) -> Lockstep:
+    return Lockstep(
+        model,
+        encode(model, tokens, mask),
+        beams=decoding.beams,
+        max_tokens=decoding.max_tokens,
+        cache=decoding.cache,
+    )
 
 
 @torch.no_grad()
@@ -190,20 +214,13 @@ def _steps(
         else:
             tokens = logits.argmax(-1)
         chosen = torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0]
-        _check_finite(chosen)
+        decoder.check_finite(chosen)
         tokens = tokens.masked_fill(finished, PAD_ID)
         yield tokens, chosen.masked_fill(finished, 0.0)
         finished = finished | (tokens == EOS_ID)
         if finished.all():
-            return
-
-
-def _check_finite(log_probabilities: Tensor) -> None:
-    if not torch.isfinite(log_probabilities).all():
-        raise UserError(
-            "the model's logits are NaN or infinite: look for damaged weights with `megaswitch "
-            "inspect CHECKPOINT --stats`, and if it ran in bf16, try fp32"
-        )
+            break
+    decoder.finish()
 
 
 def _draw(logits: Tensor, noise: Noise, decoding: Decoding) -> Tensor:
@@ -246,7 +263,7 @@ def _search(
         totals, index = (
             (log_p.view(rows, beams, vocab) + scores[..., None]).flatten(1).topk(2 * beams)
         )
-        _check_finite(totals[:, 0])  # NaN counts as the largest
+        decoder.check_finite(totals[:, 0])  # NaN counts as the largest
         parent, token = index // vocab, index % vocab
         texts = _take(live, parent)
         texts[:, :, position] = token
@@ -257,6 +274,7 @@ def _search(
         if finished.closed(scores, position + 1):
             break
         decoder.select((parent.gather(1, order) + first).flatten())
+    decoder.finish()
     best = finished.texts[:, 0]
     open_after = (best == EOS_ID).cumsum(1) == 0  # no EOS yet, so the text has a next token
     longest = int(open_after[:, :-1].any(0).sum()) + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from megaswitch.data.span_corruption import EOS_ID, PAD_ID
 from megaswitch.data.tokenizer import Tokenizer
 from megaswitch.log import UserError
 from megaswitch.model.switch_transformer import SwitchTransformer
-from megaswitch.train.generate import Decoding, generate, stream
+from megaswitch.train.generate import Decoding, accompany, generate, stream
 from megaswitch.train.memory import enough_memory
 
 _REMEDY = "use a smaller --max-tokens, --beams or --batch-size, or shorter prompts"
@@ -93,11 +94,12 @@ class TextGenerator:
         self.device = model.embedding.weight.device
         self.can_stream = decoding.beams == 1
         self._settings = asdict(decoding)
+        self._alone = model.ep.size == model.tp.size == 1
 
     def complete(self, prompts: Sequence[str], first: int = 0) -> list[Completion]:
         """Answer a batch of prompts; `first` is the first one's number, which decides its draws."""
         tokens, mask = self._encode(prompts)
-        with self._autocast(), enough_memory(_REMEDY):
+        with self._passes():
             result = generate(
                 self.model,
                 tokens,
@@ -115,7 +117,7 @@ class TextGenerator:
         """The growing output to prompt number `index`, whole each time; no beams."""
         tokens, mask = self._encode([prompt])
         row: list[int] = []
-        with self._autocast(), enough_memory(_REMEDY):
+        with self._passes():
             for step in stream(
                 self.model,
                 tokens,
@@ -125,6 +127,13 @@ class TextGenerator:
             ):
                 row.append(int(step))
                 yield self.tokenizer.decode(row)
+
+    def accompany(self) -> None:
+        """Take part where ranks that share experts with this one `complete` or `stream`."""
+        if self.model.ep.size == 1:
+            return
+        with self._passes():
+            accompany(self.model, self.device, **self._settings)
 
     def _encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """Tokens [B, L], each row closed by EOS and padded, and their mask if any is padded."""
@@ -136,6 +145,11 @@ class TextGenerator:
         mask = torch.arange(length, device=self.device) < lengths[:, None]
         return tokens, None if all(len(row) == length for row in rows) else mask
 
-    def _autocast(self) -> torch.autocast:
+    @contextmanager
+    def _passes(self) -> Iterator[None]:
         enabled = self.precision != torch.float32
-        return torch.autocast(self.device.type, self.precision, enabled=enabled)
+        with (
+            torch.autocast(self.device.type, self.precision, enabled=enabled),
+            enough_memory(_REMEDY, alone=self._alone),
+        ):
+            yield

@@ -199,7 +199,8 @@ def _add(tally: _Tally | None, source: Validation, batch: Seq2SeqBatch, runner: 
         if tally is not None:
             tally.add(output, micro, content, runner.tp)
 
-    with enough_memory(f"{rows} samples are too many for {device}; use a smaller batch"):
+    remedy = f"{rows} samples are too many for {device}; use a smaller batch"
+    with enough_memory(remedy, alone=not runner.mesh.exchanges):
         runner.evaluate(MicroBatch.of(batch, device, None), record)
 
 

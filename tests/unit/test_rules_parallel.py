@@ -1,5 +1,6 @@
 """Layouts: what is refused, with which words, and that each remedy is accepted."""
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 
@@ -7,9 +8,10 @@ import pytest
 import torch
 from torch.distributed.pipelining import schedules
 
-from megaswitch.config import RunConfig, load_config
+from megaswitch.config import ParallelConfig, RunConfig, load_config
 from megaswitch.log import ConfigError
-from megaswitch.rules_parallel import check_sequence_parallel
+from megaswitch.rules import check
+from megaswitch.rules_parallel import check_options, check_sequence_parallel
 
 SWITCH = ("--model.preset=switch-tiny",)  # 4 heads, 8 experts, 2 + 2 blocks, d_model 128
 TINY = (*SWITCH, "--data.encoder_length=64", "--train.batch_size=96")
@@ -353,3 +355,32 @@ def test_the_micro_batches_accepted_are_those_of_torch(schedule, ranks, quiet):
         except ConfigError:
             ours = False
         assert ours == torch_accepts(schedule, ranks, count), count
+
+
+@pytest.mark.parametrize(
+    ("overrides", "layout", "expected"),
+    [
+        (SWITCH_C, {"tp": 4}, "--tp=4 must divide model.num_heads=30 (switch-c-2048); use 1 or 2"),
+        (SWITCH, {"ep": 16},
+         "--ep=16 must divide model.moe.num_experts=8 (switch-tiny); use 1, 2, 4 or 8"),
+        (["--model.preset=t5-small"], {"ep": 2},
+         "--ep=2 needs experts to spread, and model.moe.num_experts=0 is a dense model; "
+         "use --ep=1"),
+        (SWITCH, {"ep": 2, "tp": 3},
+         "--ep × --tp = 2 × 3 = 6 must divide the number of ranks, 16; start a multiple of 6 ranks "
+         "with torchrun, or use values whose product is 1, 2, 4, 8 or 16"),
+        ([*SWITCH, "--model.d_model=126"], {"ep": 2, "tp": 4},
+         "--tp=4 must divide model.d_model=126 with --ep > 1; use 1 or 2"),
+    ],
+)  # fmt: skip
+def test_options_of_commands_are_refused_in_their_words(overrides, layout, expected):
+    config = load_config(None, overrides)
+    parallel = ParallelConfig(**layout, sequence_parallel=False)
+    assert expected in list(check_options(dataclasses.replace(config, parallel=parallel), 16))
+
+
+def test_options_of_commands_are_not_refused_for_what_matters_in_training_alone():
+    config = load_config(None, [*SWITCH_C, "--train.batch_size=8"])
+    laid = dataclasses.replace(config, parallel=ParallelConfig(ep=2048, tp=2))
+    assert check(laid, 4096)
+    assert list(check_options(laid, 4096)) == []

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from megaswitch import cli
+from tests.unit.cli.commands import refusal
 
 
 @pytest.fixture
@@ -122,3 +123,35 @@ def test_bad_input_is_refused(command, text_run, tmp_path, corpus):
     assert command(f"{text_run}/valid", "--samples", 0)[0] == 2
     message = refused(command(f"{text_run}/valid", "--mean-span-length", "nan"))
     assert "mean_span_length is nan" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--ep", 8], ["--ep=8 must divide model.moe.num_experts=4; use 1, 2 or 4"]),
+        (["--tp", 8], ["--tp=8 must divide model.num_heads=4; use 1, 2 or 4"]),
+        (["--ep", 3], ["--ep × --tp = 3 × 1 = 3 must divide the number of ranks, 8", "torchrun",
+                       "--ep=3 must divide"]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["evaluate", "generate"])
+def test_layouts_are_refused_before_ranks_join(text_run, monkeypatch, name, options, words):
+    def joined(*arguments):
+        raise AssertionError("a group was started")
+
+    monkeypatch.setattr("megaswitch.parallel.mesh.Mesh.start", joined)
+    for variable, value in (("WORLD_SIZE", 8), ("RANK", 0), ("LOCAL_RANK", 0)):
+        monkeypatch.setenv(variable, str(value))
+    message = refusal(name, text_run / "run", f"{text_run}/valid", *options)
+    for word in words:
+        assert word in message
+    assert "parallel." not in message
+    assert "pp" not in message.replace(str(text_run), "")
+
+
+def test_a_layout_needs_its_ranks(command, text_run):
+    message = refused(command(f"{text_run}/valid", "--tp", 2))
+    assert "--ep × --tp = 1 × 2 = 2 must divide the number of ranks, 1; start a multiple" in message
+    code, _, err = command(f"{text_run}/valid", "--pp", 2)
+    assert code == 2
+    assert "No such option" in err

@@ -20,7 +20,7 @@ def request_(text_run):
 
 
 def run(request):
-    return evaluate(request, Mesh.start("cpu"))
+    return evaluate(request.plan(1), Mesh.start("cpu"))
 
 
 def test_figures_are_those_of_validation_in_training(text_run, request_):
