@@ -1,6 +1,7 @@
 """Builds the C++ data core; everything else is declared in pyproject.toml."""
 
 import sys
+from glob import glob
 
 from setuptools import setup
 
@@ -33,16 +34,13 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "megaswitch._C",
-            sources=["csrc/bindings.cpp", "csrc/indexed.cpp", "csrc/span_corruption.cpp"],
+            sources=sorted(glob("csrc/*.cpp")),
             include_dirs=["csrc"],
-            depends=[
-                "csrc/indexed.h",
-                "csrc/span_corruption.h",
-                "csrc/philox.h",
-                "csrc/permutation.h",
-            ],
+            depends=sorted(glob("csrc/*.h")),
             cxx_std=17,
-            extra_compile_args=["-O3", "-Wall", "-Wextra"] if sys.platform != "win32" else [],
+            extra_compile_args=["-O3", "-pthread", "-Wall", "-Wextra"]
+            if sys.platform != "win32"
+            else [],
         )
     ],
     cmdclass={"build_ext": BuildOrExplain},

@@ -1,12 +1,13 @@
-// Reader of Megatron's `.bin/.idx` token files. Everything a file says is checked at open; every
-// later access is checked against the mapped sizes once more.
+// Reader of Megatron's `.bin/.idx` token files. Everything a file says is checked at open, and again
+// at every later access, as files may change. Bytes are copied out of the mapping before they are
+// looked at: what was checked is what is used, and a file that is cut meanwhile is an error.
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 namespace megaswitch {
 
@@ -16,26 +17,39 @@ class DataError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// A whole file mapped read-only.
+// How the tokens of a corpus are read: through a mapping, or by pread(), which parallel file
+// systems serve better, and which answers a failing disk or a cut file with an error, not SIGBUS.
+enum class Access { kMmap, kPread };
+
+// A whole file opened read-only, and mapped unless it is read by pread().
 class MappedFile {
  public:
-  explicit MappedFile(const std::string& path);
+  explicit MappedFile(const std::string& path, Access access = Access::kMmap);
   ~MappedFile();
   MappedFile(const MappedFile&) = delete;
   MappedFile& operator=(const MappedFile&) = delete;
 
-  const unsigned char* data() const { return data_; }
   uint64_t size() const { return size_; }
+  bool is_mapped() const { return access_ == Access::kMmap; }
+
+  // Copies bytes [start, start + bytes), which must lie in the file as it was opened. Throws
+  // DataError where the file has lost them.
+  void copy(uint64_t start, uint64_t bytes, void* to) const;
 
   // Tell the kernel that [start, start + bytes) is needed soon.
   void prefetch(uint64_t start, uint64_t bytes) const;
   // Switch the kernel's read-ahead of the whole file: scattered samples or one long scan.
   void expect_random_access(bool random) const;
-  // Throws DataError if the file is now shorter than it was when it was mapped.
+  // Throws DataError if the file is now shorter than it was when it was mapped. Called *after*
+  // reading: behind a cut, the rest of the last page reads as zeros, and only this tells.
   void check_not_cut() const;
 
  private:
+  bool pread_all(uint64_t start, uint64_t bytes, void* to) const;
+  [[noreturn]] void refuse_read(uint64_t start, uint64_t bytes) const;
+
   std::string path_;
+  Access access_;
   int descriptor_ = -1;
   const unsigned char* data_ = nullptr;
   uint64_t size_ = 0;
@@ -52,53 +66,64 @@ struct TokenSpan {
 class IndexedTokens {
  public:
   // Opens `prefix`.idx and `prefix`.bin; throws DataError naming the first thing that is wrong.
-  explicit IndexedTokens(const std::string& prefix);
+  explicit IndexedTokens(const std::string& prefix, Access access = Access::kMmap);
 
   const std::string& prefix() const { return prefix_; }
   TokenType type() const { return type_; }
   uint64_t num_tokens() const { return num_tokens_; }
+  uint64_t num_sequences() const { return num_sequences_; }
   uint64_t num_documents() const { return num_documents_; }
 
   TokenSpan document(uint64_t index) const;
+  // Tokens of documents [first, first + count).
+  void document_lengths(uint64_t first, uint64_t count, int64_t* out) const;
+  // Tokens of sequences [first, first + count).
+  void sequence_lengths(uint64_t first, uint64_t count, int64_t* out) const;
+  // First sequences of documents [first, first + count); that of document `num_documents` is
+  // the number of sequences.
+  void document_starts(uint64_t first, uint64_t count, int64_t* out) const;
 
   // Widen tokens [start, start + count) into `out`.
   void read(uint64_t start, uint64_t count, int64_t* out) const;
   void prefetch(uint64_t start, uint64_t count) const;
-  // Throws DataError if the .bin was cut since it was opened.
-  void check_not_cut() const { bin_.check_not_cut(); }
+
+  // Every series of visits stands between these two: the first makes sure that bytes which are gone
+  // do not end the process, the second throws DataError if a file was cut meanwhile.
+  void begin_visits() const;
+  void check_not_cut() const;
 
   // Smallest and largest id: of all tokens when there are at most `budget`, otherwise of evenly
   // spaced windows holding about that many. Requires a token.
   std::pair<int64_t, int64_t> id_range(uint64_t budget) const;
 
-  // Calls f with a typed pointer to token `start`, of which `count` may be read.
+  // Calls f with a typed pointer to a copy of tokens [start, start + count), which lasts until the
+  // next visit in this thread. Meant for a sample, not for a corpus.
   template <typename Function>
   auto visit(uint64_t start, uint64_t count, Function f) const {
-    check_range(start, count);
-    const unsigned char* at = bin_.data() + start * token_bytes_;
+    check_range(start, count, num_tokens_, "token");
     switch (type_) {
-      case TokenType::kUint8: return f(at);
-      case TokenType::kInt16: return f(reinterpret_cast<const int16_t*>(at));
-      case TokenType::kInt32: return f(reinterpret_cast<const int32_t*>(at));
-      case TokenType::kInt64: return f(reinterpret_cast<const int64_t*>(at));
-      case TokenType::kUint16: return f(reinterpret_cast<const uint16_t*>(at));
+      case TokenType::kUint8: return f(fetch<uint8_t>(start, count));
+      case TokenType::kInt16: return f(fetch<int16_t>(start, count));
+      case TokenType::kInt32: return f(fetch<int32_t>(start, count));
+      case TokenType::kInt64: return f(fetch<int64_t>(start, count));
+      case TokenType::kUint16: return f(fetch<uint16_t>(start, count));
     }
     throw std::logic_error("a token type that open() did not let through");
   }
 
  private:
-  // The arrays of an .idx start at odd addresses, so every value is copied out.
-  template <typename Value>
-  Value index_value(uint64_t byte) const {
-    Value value;
-    std::memcpy(&value, idx_.data() + byte, sizeof value);
-    return value;
+  template <typename Token>
+  const Token* fetch(uint64_t start, uint64_t count) const {
+    thread_local std::vector<Token> copy;
+    if (copy.size() < count) copy.resize(count);
+    bin_.copy(start * sizeof(Token), count * sizeof(Token), copy.data());
+    return copy.data();
   }
 
   void read_header();
   void check_sequences();
   void check_documents() const;
-  void check_range(uint64_t start, uint64_t count) const;
+  void check_range(uint64_t start, uint64_t count, uint64_t size, const char* of) const;
   uint64_t sequence_start(uint64_t index) const;
   [[noreturn]] void refuse_index(const std::string& why) const;
 

@@ -15,8 +15,10 @@ namespace megaswitch {
 class Permutation {
  public:
   // Requires 1 <= size <= 2^62; the caller checks.
-  Permutation(uint64_t size, uint64_t seed, uint64_t epoch) : size_(size) {
-    Random random(seed, epoch, Stream::kPermutation);
+  Permutation(uint64_t size, uint64_t seed, uint64_t epoch,
+              Stream stream = Stream::kPermutation)
+      : size_(size) {
+    Random random(seed, epoch, stream);
     if (size < kFeistelFrom) {
       shuffle(random);
       return;

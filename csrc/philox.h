@@ -12,7 +12,12 @@ using PhiloxBlock = std::array<uint32_t, 4>;
 using PhiloxKey = std::array<uint32_t, 2>;
 
 // Third word of the counter: what the numbers are for. The values are part of the data order.
-enum class Stream : uint32_t { kSpans = 0, kEpochOffset = 1, kPermutation = 2 };
+enum class Stream : uint32_t {
+  kSpans = 0,
+  kEpochOffset = 1,
+  kPermutation = 2,
+  kMixture = 3,  // 4 is Python's alone: seeds of a mixture's sources
+};
 
 inline PhiloxBlock philox4x32(PhiloxBlock counter, PhiloxKey key) {
   for (int round = 0; round < 10; ++round) {

@@ -63,7 +63,7 @@ def fill_in(passages: int = 3) -> None:
     checkpoint = find_checkpoint(RUN)
     tokenizer = Tokenizer(checkpoint / "tokenizer.model")
     model = megaswitch.load_model(checkpoint)
-    batch = build_loader(read_config(checkpoint), "valid").batch(range(passages))
+    batch = build_loader(read_config(checkpoint), "valid").batch(range(passages)).to("cpu")
     length = batch.decoder_targets.shape[1]
     guesses = megaswitch.generate(model, batch.encoder_tokens, max_tokens=length).tokens
     for tokens in zip(batch.encoder_tokens, batch.decoder_targets, guesses, strict=True):

@@ -158,10 +158,14 @@ def _parse(table: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
         return _validate(expanded), problems
     except ValidationError as error:
         known = known_keys()
+        leaves = set(known)
         known += {key.rpartition(".")[0]: None for key in known}  # a section may be misspelt too
         for detail in error.errors():
-            path = [str(part) for part in detail["loc"]]
-            key = ".".join(path)
+            key, path = _where([str(part) for part in detail["loc"]], leaves)
+            if "str" in detail["loc"] and isinstance(detail["input"], dict):
+                continue  # it is a table, and the other problem tells what is wrong inside
+            if any(problem.startswith(f"{key}=") for problem in problems):
+                continue
             if detail["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
                 hint = f"; {REFUSED[key]}" if key in REFUSED else _nearest(key, known)
                 problems.append(f"{key} is not a known key{hint}")
@@ -173,6 +177,18 @@ def _parse(table: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
                 problems.append(f"{key}={detail['input']!r} is wrong: {detail['msg']}")
             _unset(expanded, path)
     return _validate(expanded), problems
+
+
+def _where(location: list[str], leaves: set[str]) -> tuple[str, list[str]]:
+    """The key that pydantic means, as people write it, and the path of the value it belongs to.
+
+    The value may be a table, and what it may be else is told apart by another part of the path.
+    """
+    for end in range(1, len(location)):
+        if ".".join(location[:end]) in leaves:
+            inside = [part for part in location[end:] if part not in ("str", "dict[str,str]")]
+            return ".".join(location[:end] + inside), location[:end]
+    return ".".join(location), location
 
 
 def _validate(table: Mapping[str, Any]) -> RunConfig:
@@ -266,8 +282,10 @@ def _dead_reason(config: RunConfig, key: str) -> str | None:
         held = _value(config, owner)
         if (why := _dead_reason(config, owner)) is not None:
             return why
-        if not (held in values if values else held):
+        table = rule.get("table", False)
+        if not (isinstance(held, dict) if table else held in values if values else held):
             wanted = " or ".join(map(str, values)) if values else "set and not 0"
+            wanted = "a table of named sources" if table else wanted
             return f"{owner}={held!r}; it must be {wanted}"
     return None
 

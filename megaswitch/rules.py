@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from megaswitch.rules_parallel import check_parallel, data_parallel_ranks
 
 if TYPE_CHECKING:
-    from megaswitch.schema import ModelConfig, RunConfig, TrainConfig
+    from megaswitch.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
+    from megaswitch.schema_data import MixtureConfig
 
 
 def check(config: RunConfig, world_size: int = 1) -> list[str]:
@@ -18,6 +20,7 @@ def check(config: RunConfig, world_size: int = 1) -> list[str]:
         *check_parallel(config, world_size),
         *_check_batch(config, world_size),
         *_check_groups(config),
+        *_check_data(config.data),
         *_check_rest(config),
     ]
 
@@ -84,6 +87,64 @@ def _check_groups(config: RunConfig) -> Iterator[str]:
             f"data.encoder_length={length}); use {max(1, train.micro_batch_size // rows) * rows} "
             f"or a smaller group_size"
         )
+
+
+def _check_data(data: DataConfig) -> Iterator[str]:
+    for key, sources in (("train", data.train), ("valid", data.valid)):
+        if not isinstance(sources, dict):
+            continue
+        if not 1 <= len(sources) <= 1000:
+            yield f"data.{key} names {len(sources)} sources; it must name 1 … 1000"
+        for name in sources:
+            if not re.fullmatch(r"[\w-]{1,64}", name):
+                yield (
+                    f"data.{key} has a source named {name!r}; a name must be 1 … 64 letters, "
+                    "digits, _ and -, as metrics carry it"
+                )
+    if isinstance(data.train, dict) and data.mixture.weights is not None:
+        yield from _check_weights(data.train, data.mixture, data.mixture.weights)
+    if data.loader_threads > data.prefetch_batches:
+        yield (
+            f"data.loader_threads={data.loader_threads} must not exceed data.prefetch_batches="
+            f"{data.prefetch_batches}, as each thread makes one batch at a time; use "
+            f"loader_threads={data.prefetch_batches}, or prefetch more"
+        )
+    if data.objective == "text-to-text" and data.decoder_length is None:
+        yield (
+            "data.decoder_length is not set, and data.objective='text-to-text' needs it, as "
+            "targets have no natural length; set it, e.g. to 114"
+        )
+    if data.objective == "prefix-lm" and data.packing:
+        yield (
+            "data.packing=True does not go with data.objective='prefix-lm': where a document is "
+            "split is drawn anew each epoch, so no two are sure to fit into a row; set it to false"
+        )
+
+
+def _check_weights(
+    sources: dict[str, str], mixture: MixtureConfig, weights: dict[str, float]
+) -> Iterator[str]:
+    for names, what in (
+        (sources.keys() - weights.keys(), "lacks"),
+        (weights.keys() - sources.keys(), "names"),
+    ):
+        if names:
+            yield (
+                f"data.mixture.weights {what} {', '.join(map(repr, sorted(names)))}; it must have "
+                "the names of data.train, no more and no less (0 leaves a source out)"
+            )
+    wrong = [f"{name}={weight}" for name, weight in weights.items() if weight < 0]
+    if wrong or not any(weights.values()):
+        yield (
+            f"data.mixture.weights has {', '.join(wrong) or 'only zeros'}; weights must not be "
+            "negative, and one must be positive"
+        )
+    for key in ("exponent", "cap"):
+        if (value := getattr(mixture, key)) is not None:
+            yield (
+                f"data.mixture.{key}={value} would be ignored because data.mixture.weights gives "
+                "the shares; remove one of the two"
+            )
 
 
 def _check_rampup(train: TrainConfig, share: int) -> Iterator[str]:

@@ -1,27 +1,17 @@
 """Every configuration key, as frozen dataclasses with their types, bounds and defaults.
 
-`only_if` declares, beside a key, when the rest of the configuration gives it a meaning; a key that
-is written while it has none is an error.
+Those of `data` are in `schema_data.py`; `schema_keys.py` says how keys are declared.
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-def only_if(key: str, *values: object) -> dict[str, Any]:
-    """Declare that a field matters only while `key` holds one of `values`, or is truthy."""
-    return {"only_if": [{"key": key, "values": list(values)}]}
-
-
-def all_of(*rules: dict[str, Any]) -> dict[str, Any]:
-    """Declare that a field matters only while each of several `only_if` holds."""
-    return {"only_if": [condition for rule in rules for condition in rule["only_if"]]}
+from megaswitch.schema_data import DataConfig
+from megaswitch.schema_keys import STRICT, all_of, only_if
 
 
 def _switch_only(default: Any, description: str, **rules: Any) -> Any:
@@ -29,7 +19,7 @@ def _switch_only(default: Any, description: str, **rules: Any) -> Any:
     return Field(default=default, description=description, json_schema_extra=extra, **rules)
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class MoEConfig:
     """The Switch layers. With `num_experts` 0 the model is a dense T5. Source: paper §2."""
 
@@ -92,7 +82,7 @@ class MoEConfig:
     )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelConfig:
     """Shape of the encoder-decoder (paper, Table 9)."""
 
@@ -141,28 +131,11 @@ class ModelConfig:
         return self.num_encoder_layers if stack == "encoder" else self.num_decoder_layers
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class DataConfig:
-    """What is read. Paths are prefixes of a `.bin`/`.idx` pair."""
-
-    train: str | None = Field(default=None, description="training tokens")
-    valid: str | None = Field(default=None, description="held-out tokens")
-    tokenizer: str | None = Field(
-        default=None, description="SentencePiece model; checkpoints take it along"
-    )
-    encoder_length: int = Field(default=512, ge=8, description="tokens per encoder row")
-    decoder_length: int | None = Field(
-        default=None, gt=0, description="tokens per decoder row; unset: as many as needed"
-    )
-    noise_density: float = Field(default=0.15, gt=0, lt=1, description="share of tokens masked")
-    mean_span_length: float = Field(default=3.0, ge=1, description="mean tokens per masked span")
-
-
 _ADAMW = only_if("optim.name", "adamw")
 _ADAFACTOR = only_if("optim.name", "adafactor")
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class OptimConfig:
     """Optimizer and learning rate. The defaults are T5's pre-training recipe.
 
@@ -251,7 +224,7 @@ class OptimConfig:
     )
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainConfig:
     """The loop. Batch sizes count sequences."""
 
@@ -294,7 +267,7 @@ class TrainConfig:
     )
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ParallelConfig:
     """How a run is spread over its ranks. The results do not depend on it, only speed and memory.
 
@@ -350,7 +323,7 @@ class ParallelConfig:
     )
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class CheckpointConfig:
     """When checkpoints are written and how many are kept. One is always written at the end."""
 
@@ -361,7 +334,7 @@ class CheckpointConfig:
     )
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class RunConfig:
     """Everything that decides a run."""
 

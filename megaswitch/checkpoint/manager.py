@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,14 @@ class TrainState:
         step: optimizer steps done.
         samples: training sequences consumed; the position in the data.
         fingerprint: of the training data and its order; a resume on other data is refused.
+        mixture: of several sources, since when each proportion holds: [first sample, quota of each
+            source in a block, ...].
     """
 
     step: int
     samples: int
     fingerprint: str
+    mixture: list[list[int]] = field(default_factory=list)
 
 
 class CheckpointManager:
@@ -293,6 +296,7 @@ def read_state(path: Path) -> dict[str, Any]:
             values = [(e["bytes"], e["sha256"]) for e in content["files"].values()]
             state = TrainState(**content["state"])
             values += [(state.step, state.fingerprint), (state.samples, state.fingerprint)]
+            values += [(number, "") for segment in state.mixture for number in segment]
             if any((type(number), type(text)) != (int, str) for number, text in values):
                 raise ValueError("a number or a text is none")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -63,7 +63,12 @@ def check_core() -> None:
     raw_length, decoder_length = span_shape(64, 0.15, 3.0)
     noise, spans = span_counts(raw_length, 0.15, 3.0)
     raw = np.arange(3, 3 + raw_length, dtype=np.int64)
-    shape = {"noise_tokens": noise, "spans": spans, "sentinel_top": 256, "encoder_length": 64}
+    shape: dict[str, Any] = {
+        "noise_tokens": noise,
+        "spans": spans,
+        "sentinel_top": 256,
+        "encoder_length": 64,
+    }
     shape["decoder_length"] = decoder_length
     layout = native.SpanLayout(raw_length=raw_length, **shape)
     ours = native.corrupt(raw, layout, seed=7, sample_index=11)

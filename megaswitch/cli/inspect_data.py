@@ -25,8 +25,6 @@ _ENCODER_LENGTH = 512  # T5's; its samples have 114 decoder positions
 # Duplicates are counted where that costs seconds.
 _CHEAP_TOKENS, _CHEAP_DOCUMENTS = 1 << 26, 1 << 20
 _SHOWN_DOCUMENTS, _SHOWN_TOKENS = 3, 60
-# The index: magic, version, type; the numbers of sequences and boundaries; then three arrays.
-_COUNT_AT, _ARRAYS_AT = 18, 34
 
 
 def data_report(
@@ -52,7 +50,7 @@ def data_report(
         "kind": "data",
         "path": str(prefix),
         "documents": store.num_documents,
-        "sequences": int(np.memmap(companion(prefix, ".idx"), "<u8", "r", _COUNT_AT, (1,))[0]),
+        "sequences": store.num_sequences,
         "tokens": store.num_tokens,
         "dtype": store.dtype.name,
         "bytes": {s: companion(prefix, s).stat().st_size for s in (".bin", ".idx")},
@@ -101,19 +99,9 @@ def _text(store: TokenStore, index: int, tokenizer: Tokenizer) -> dict[str, Any]
 
 
 def document_lengths(store: TokenStore) -> Iterator[NDArray[np.int64]]:
-    """Tokens of every document, in pieces of bounded size; the index was validated on opening."""
-    index = companion(store.prefix, ".idx")
-    sequences, boundaries = np.memmap(index, "<u8", "r", _COUNT_AT, (2,)).tolist()
-    if not sequences:
-        yield np.zeros(boundaries - 1, dtype=np.int64)
-        return
-    offsets = np.memmap(index, "<i8", "r", _ARRAYS_AT + 4 * sequences, (sequences,))
-    documents = np.memmap(index, "<i8", "r", _ARRAYS_AT + 12 * sequences, (boundaries,))
-    for start in range(0, boundaries - 1, _DOCUMENTS):
-        firsts = np.asarray(documents[start : start + _DOCUMENTS + 1])
-        begins = offsets[np.minimum(firsts, sequences - 1)] // store.dtype.itemsize
-        begins[firsts == sequences] = store.num_tokens
-        yield np.diff(begins)
+    """Tokens of every document, in pieces of bounded size."""
+    for start in range(0, store.num_documents, _DOCUMENTS):
+        yield store.document_lengths(start, min(_DOCUMENTS, store.num_documents - start))
 
 
 def quantile(pieces: Callable[[], Iterator[NDArray[np.int64]]], rank: int) -> int:

@@ -22,6 +22,12 @@ from megaswitch.cli.common import PATH
     help="Share of documents held out; writes PREFIX_train and PREFIX_valid.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of the document shuffle.")
+@click.option(
+    "--pairs",
+    is_flag=True,
+    help='Fields "inputs" and "targets" instead of "text"; writes PREFIX_inputs and '
+    "PREFIX_targets, for data.objective=text-to-text.",
+)
 def preprocess(
     inputs: tuple[Path, ...],
     output: Path,
@@ -29,6 +35,7 @@ def preprocess(
     workers: int,
     valid_fraction: float,
     seed: int,
+    pairs: bool,
 ) -> None:
     """Turn text into the `.bin` and `.idx` files that training reads.
 
@@ -38,7 +45,13 @@ def preprocess(
     Example: megaswitch preprocess corpus.jsonl.gz --tokenizer spm.model --output data/corpus
     """
     from megaswitch.data.preprocess import preprocess as run
+    from megaswitch.data.text_to_text import preprocess_pairs
 
+    if pairs:
+        if valid_fraction or seed:
+            raise click.UsageError("--pairs keeps all pairs in their order; leave out the others")
+        preprocess_pairs(list(inputs), output, model, workers=workers)
+        return
     run(
         list(inputs),
         output,

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import struct
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
@@ -22,6 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from megaswitch.data import native
+from megaswitch.files import sync
 from megaswitch.log import UserError
 
 # Codes of the `.idx` header for the types that can hold token ids.
@@ -115,29 +117,37 @@ class TokenStore:
 
     Args:
         prefix: path of the two files without `.bin` and `.idx`.
+        pread: read tokens by pread() instead of a mapping.
 
     Raises:
         UserError: if a file is missing, damaged or contradicts the other or the sidecar.
     """
 
-    def __init__(self, prefix: str | Path) -> None:
+    def __init__(self, prefix: str | Path, *, pread: bool = False) -> None:
         self.prefix = Path(prefix)
         try:
-            self.native = native.IndexedTokens(os.fspath(prefix))
+            self.native = native.IndexedTokens(os.fspath(prefix), pread=pread)
         except native.DataError as error:
             raise UserError(str(error)) from None
         self.meta = CorpusMeta.read(prefix)
-        if self.meta is not None and self.meta.tokens != self.num_tokens:
-            raise UserError(
-                f"'{companion(prefix, '.meta.json')}' speaks of {self.meta.tokens} tokens but the "
-                f"corpus has {self.num_tokens}: it belongs to another corpus. Preprocess again, or "
-                "delete it if the corpus is known to fit the tokenizer."
-            )
+        for name in ("tokens", "documents", "sequences") if self.meta else ():
+            said, there = getattr(self.meta, name), getattr(self, f"num_{name}")
+            if said != there:
+                raise UserError(
+                    f"'{companion(prefix, '.meta.json')}' speaks of {said} {name} but the corpus "
+                    f"has {there}: it belongs to another corpus. Preprocess again, or delete it if "
+                    "the corpus is known to fit the tokenizer."
+                )
 
     @property
     def num_tokens(self) -> int:
         """Tokens in the flat stream."""
         return self.native.num_tokens
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences; a document has any number of them."""
+        return self.native.num_sequences
 
     @property
     def num_documents(self) -> int:
@@ -150,15 +160,52 @@ class TokenStore:
         return TYPE_CODES[self.native.type_code]
 
     def tokens(self, start: int, count: int) -> NDArray[np.int64]:
-        """Tokens [start, start + count) of the flat stream."""
+        """Tokens [start, start + count) of the flat stream.
+
+        Raises:
+            UserError: if the file was cut since it was opened.
+        """
         assert 0 <= start <= start + count <= self.num_tokens, (start, count, self.num_tokens)
-        out = np.empty(count, dtype=np.int64)
-        self.native.read(start, out)
-        return out
+        return self._filled(self.native.read, start, count)
 
     def document(self, index: int) -> NDArray[np.int64]:
-        """Tokens of one document."""
-        return self.tokens(*self.native.document(index))
+        """Tokens of one document.
+
+        Raises:
+            UserError: if the files were cut or changed since they were opened.
+        """
+        return self.tokens(*self.span(index, index + 1))
+
+    def span(self, first: int, stop: int) -> tuple[int, int]:
+        """Where documents [first, stop), at least one, lie in the stream: (start, count)."""
+        try:
+            start, count = self.native.document(first)
+            end = start + count if stop == first + 1 else sum(self.native.document(stop - 1))
+        except native.DataError as error:
+            raise UserError(str(error)) from None
+        return start, end - start
+
+    def document_lengths(self, first: int, count: int) -> NDArray[np.int64]:
+        """Tokens of each of the documents [first, first + count)."""
+        return self._filled(self.native.document_lengths, first, count)
+
+    def sequence_lengths(self, first: int, count: int) -> NDArray[np.int64]:
+        """Tokens of each of the sequences [first, first + count)."""
+        return self._filled(self.native.sequence_lengths, first, count)
+
+    def document_starts(self, first: int, count: int) -> NDArray[np.int64]:
+        """First sequence of each document; that of document `num_documents` is `num_sequences`."""
+        return self._filled(self.native.document_starts, first, count)
+
+    def _filled(
+        self, fill: Callable[[int, NDArray[np.int64]], None], first: int, count: int
+    ) -> NDArray[np.int64]:
+        out = np.empty(count, dtype=np.int64)
+        try:
+            fill(first, out)
+        except native.DataError as error:
+            raise UserError(str(error)) from None
+        return out
 
 
 class IndexedWriter:
@@ -166,6 +213,7 @@ class IndexedWriter:
 
     All files are written aside and renamed when the `with` block ends well, `.idx` last, so that a
     corpus with an index is complete. If it ends badly, on a full disk too, nothing is left behind.
+    Several writers in one `ExitStack`, each finished when it is full, appear together.
 
     Args:
         prefix: path of the files without suffixes; older files there are replaced at the end.
@@ -185,6 +233,8 @@ class IndexedWriter:
         self._hash = hashlib.sha256()
         self._streams: list[IO[bytes]] = []
         self.num_tokens = self.num_sequences = self.num_documents = 0
+        self._document_end = 0  # sequences in documents that are closed
+        self._finished = False
 
     def __enter__(self) -> IndexedWriter:
         try:
@@ -206,16 +256,44 @@ class IndexedWriter:
     def append(self, tokens: ArrayLike) -> None:
         """Add one sequence to the document being written."""
         ids = np.asarray(tokens)
+        assert len(ids) < 1 << 31, "lengths are int32"
+        self._write_tokens(ids)
+        self._lengths.write(struct.pack("<i", len(ids)))
+        self.num_sequences += 1
+
+    def extend(
+        self,
+        tokens: Iterable[NDArray[np.int64]],
+        lengths: Iterable[NDArray[np.int64]],
+        ends: Iterable[NDArray[np.int64]],
+    ) -> None:
+        """Add whole documents, given as three streams in pieces of any size.
+
+        Args:
+            tokens: of all sequences, flat.
+            lengths: of the sequences.
+            ends: of the documents, in sequences counted from the first added here.
+        """
+        assert self._document_end == self.num_sequences, "end_document() is missing"
+        before = self.num_sequences
+        for piece in ends:
+            self._boundaries.write((piece + before).astype("<i8").tobytes())
+            self.num_documents += len(piece)
+        for piece in lengths:
+            self._lengths.write(piece.astype("<i4").tobytes())
+            self.num_sequences += len(piece)
+        self._document_end = self.num_sequences
+        for piece in tokens:
+            self._write_tokens(piece)
+
+    def _write_tokens(self, ids: NDArray) -> None:
         assert ids.ndim == 1
         limits = np.iinfo(self._dtype)
         assert len(ids) == 0 or (limits.min <= ids.min() and ids.max() <= limits.max)
-        assert len(ids) < 1 << 31, "lengths are int32"
         content = ids.astype(self._dtype).tobytes()
         self._bin.write(content)
         self._hash.update(content)
-        self._lengths.write(struct.pack("<i", len(ids)))
         self.num_tokens += len(ids)
-        self.num_sequences += 1
 
     def end_document(self) -> None:
         """Close the document: what is appended next belongs to another."""
@@ -258,30 +336,37 @@ class IndexedWriter:
     def _aside(self, suffix: str) -> Path:
         return companion(self.prefix, f"{suffix}.partial")
 
-    def _publish(self) -> None:
-        ended = self.num_documents > 0 and self._document_end == self.num_sequences
-        assert ended or self.num_sequences == 0, "end_document() is missing"
+    def finish(self) -> None:
+        """Bring all to disk and close the files, which lie aside until the block ends.
+
+        Happens by itself at the end; a call frees the files of one among many writers.
+        """
+        assert self._document_end == self.num_sequences, "end_document() is missing"
         _sync(self._bin)
         with self._aside(".idx").open("wb") as index:
             self._write_index(index)
             _sync(index)
-        suffixes = [".bin", ".idx"]
         if self._tokenizer is not None:
             with self._aside(".meta.json").open("w", encoding="utf-8") as sidecar:
                 json.dump(asdict(self._meta(self._tokenizer)), sidecar, indent=2)
                 sidecar.write("\n")
                 _sync(sidecar)
+        for stream in self._streams:
+            stream.close()
+        self._finished = True
+
+    def _publish(self) -> None:
+        if not self._finished:
+            self.finish()
+        suffixes = [".bin", ".idx"]
+        if self._tokenizer is not None:
             suffixes.insert(1, ".meta.json")
         # An older index or sidecar must never be seen beside the new tokens.
         for suffix in (".idx", ".meta.json"):
             companion(self.prefix, suffix).unlink(missing_ok=True)
         for suffix in suffixes:
             self._aside(suffix).replace(companion(self.prefix, suffix))
-        folder = os.open(self.prefix.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync(self.prefix.parent)
 
     def _write_index(self, index: IO[bytes]) -> None:
         index.write(_MAGIC + struct.pack("<QB", 1, self._type_code))
@@ -300,9 +385,7 @@ class IndexedWriter:
 
     def _meta(self, tokenizer: TokenizerInfo) -> CorpusMeta:
         return CorpusMeta(
-            tokenizer_sha256=tokenizer.tokenizer_sha256,
-            vocab_size=tokenizer.vocab_size,
-            num_extra_ids=tokenizer.num_extra_ids,
+            **asdict(tokenizer),
             tokens=self.num_tokens,
             documents=self.num_documents,
             sequences=self.num_sequences,

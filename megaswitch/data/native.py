@@ -7,12 +7,26 @@ from pathlib import Path
 try:
     from megaswitch._C import (
         DataError,
+        DocumentSampler,
         IndexedTokens,
+        Loader,
+        MixtureOrder,
+        MixtureSampler,
+        Pieces,
+        PrefixDocuments,
+        RowIndex,
+        RowShape,
+        Sampler,
+        SpanDocuments,
         SpanLayout,
         SpanSampler,
+        TextPairs,
+        Texts,
         corrupt,
+        count_rows,
         permute,
         philox4x32,
+        write_rows,
     )
 except ImportError as error:
     raise ImportError(
@@ -23,10 +37,24 @@ except ImportError as error:
 
 __all__ = [
     "DataError",
+    "DocumentSampler",
     "IndexedTokens",
+    "Loader",
+    "MixtureOrder",
+    "MixtureSampler",
+    "Pieces",
+    "PrefixDocuments",
+    "RowIndex",
+    "RowShape",
+    "Sampler",
+    "SpanDocuments",
     "SpanLayout",
     "SpanSampler",
+    "TextPairs",
+    "Texts",
     "corrupt",
+    "count_rows",
     "permute",
     "philox4x32",
+    "write_rows",
 ]

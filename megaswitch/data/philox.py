@@ -21,6 +21,8 @@ class Stream(IntEnum):
     SPANS = 0
     EPOCH_OFFSET = 1
     PERMUTATION = 2
+    MIXTURE = 3
+    SOURCE = 4
 
 
 def philox4x32(
@@ -99,16 +101,19 @@ class KeyedPermutation:
         size: 1 to 2^62.
         seed: 64 bits.
         epoch: 64 bits.
+        stream: whose order it is.
     """
 
     FEISTEL_FROM = 1 << 16
     ROUNDS = 8
 
-    def __init__(self, size: int, *, seed: int, epoch: int) -> None:
+    def __init__(
+        self, size: int, *, seed: int, epoch: int, stream: Stream = Stream.PERMUTATION
+    ) -> None:
         assert 1 <= size <= 1 << 62
         self._size = size
         self._table: NDArray[np.int64] | None = None
-        random = Random(seed, epoch, Stream.PERMUTATION)
+        random = Random(seed, epoch, stream)
         if size < self.FEISTEL_FROM:
             self._table = np.arange(size)
             for last in range(size - 1, 0, -1):

@@ -9,7 +9,8 @@ Source: Raffel et al. 2020 and t5's `random_spans_noise_mask`, `random_spans_hel
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -47,13 +48,21 @@ def span_counts(raw_length: int, density: float, mean_span: float) -> tuple[int,
     return noise, min(max(spans, 1), noise, raw_length - noise)
 
 
-def text_lengths(raw_length: int, density: float, mean_span: float) -> tuple[int, int]:
-    """Tokens of a sample of `raw_length` in the encoder and in the decoder, with EOS."""
+def text_lengths(
+    raw_length: int, density: float, mean_span: float, random_roll: bool = False
+) -> tuple[int, int]:
+    """Most tokens of a sample of `raw_length` in the encoder and in the decoder, with EOS.
+
+    With `random_roll` the rotation may cut a masked span in two, which takes a sentinel more in
+    each; a sample in which it does not is shorter by that one. Otherwise all are equally long.
+    """
     noise, spans = span_counts(raw_length, density, mean_span)
-    return raw_length - noise + spans + 1, noise + spans + 1
+    return raw_length - noise + spans + random_roll + 1, noise + spans + random_roll + 1
 
 
-def span_shape(encoder_length: int, density: float, mean_span: float) -> tuple[int, int]:
+def span_shape(
+    encoder_length: int, density: float, mean_span: float, random_roll: bool = False
+) -> tuple[int, int]:
     """The greatest raw sample whose encoder text fits, as t5's `random_spans_helper` finds it.
 
     At a density of exactly 0.5 t5 takes one token less so that both lengths are equal; this
@@ -63,6 +72,7 @@ def span_shape(encoder_length: int, density: float, mean_span: float) -> tuple[i
         encoder_length: tokens of the encoder, EOS included; 512 gives (568, 114) by default.
         density: share of masked tokens, in (0, 1).
         mean_span: mean masked tokens per span, at least 1.
+        random_roll: whether the mask is rotated; its longest texts must fit.
 
     Returns:
         (raw length, decoder length needed).
@@ -74,12 +84,13 @@ def span_shape(encoder_length: int, density: float, mean_span: float) -> tuple[i
         raise UserError(f"noise_density is {density}; it must lie between 0 and 1 (T5: 0.15).")
     if not 1.0 <= mean_span < float("inf"):
         raise UserError(f"mean_span_length is {mean_span}; it must be at least 1 (T5: 3.0).")
-    if encoder_length < 3:
+    shortest = text_lengths(2, density, mean_span, random_roll)[0]
+    if encoder_length < shortest:
         raise UserError(
-            f"encoder_length is {encoder_length}; the shortest span-corrupted sample takes 3 "
-            "(a token, a sentinel, EOS). Raise it."
+            f"encoder_length is {encoder_length}; the shortest span-corrupted sample takes "
+            f"{shortest} (a token, its sentinels, EOS). Raise it."
         )
-    if text_lengths(MAX_RAW_LENGTH, density, mean_span)[0] <= encoder_length:
+    if text_lengths(MAX_RAW_LENGTH, density, mean_span, random_roll)[0] <= encoder_length:
         raise UserError(
             f"encoder_length {encoder_length} with noise_density {density} and mean_span_length "
             f"{mean_span} asks for samples of more than {MAX_RAW_LENGTH} raw tokens. Lower them."
@@ -88,11 +99,11 @@ def span_shape(encoder_length: int, density: float, mean_span: float) -> tuple[i
     fits, too_long = 2, MAX_RAW_LENGTH
     while too_long - fits > 1:
         middle = (fits + too_long) // 2
-        if text_lengths(middle, density, mean_span)[0] <= encoder_length:
+        if text_lengths(middle, density, mean_span, random_roll)[0] <= encoder_length:
             fits = middle
         else:
             too_long = middle
-    return fits, text_lengths(fits, density, mean_span)[1]
+    return fits, text_lengths(fits, density, mean_span, random_roll)[1]
 
 
 def draw_composition(random: Random, tokens: int, segments: int) -> list[int]:
@@ -116,6 +127,36 @@ def draw_composition(random: Random, tokens: int, segments: int) -> list[int]:
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
+def mask_spans(
+    raw: Sequence[int] | NDArray[np.int64],
+    random: Random,
+    noise_tokens: int,
+    spans: int,
+    *,
+    sentinel_top: int,
+    random_roll: bool,
+) -> tuple[list[int], list[int]]:
+    """Both texts of a sample, without EOS; see `corrupt`."""
+    noise_lengths = draw_composition(random, noise_tokens, spans)
+    text_segments = draw_composition(random, len(raw) - noise_tokens, spans)
+    mask: list[bool] = []
+    for kept, masked in zip(text_segments, noise_lengths, strict=True):
+        mask += [False] * kept + [True] * masked
+    if random_roll:
+        start = len(raw) - random.below(len(raw))
+        mask = mask[start:] + mask[:start]
+    encoder_text: list[int] = []
+    target_text: list[int] = []
+    sentinel = sentinel_top
+    for token, masked, before in zip(raw, mask, [False, *mask], strict=False):
+        if masked and not before:
+            sentinel -= 1
+            encoder_text.append(sentinel)
+            target_text.append(sentinel)
+        (target_text if masked else encoder_text).append(int(token))
+    return encoder_text, target_text
+
+
 def corrupt(
     raw: NDArray[np.int64],
     *,
@@ -126,7 +167,8 @@ def corrupt(
     decoder_length: int,
     seed: int,
     sample_index: int,
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    random_roll: bool = False,
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
     """One sample in plain Python; the C++ core gives the same, bit for bit.
 
     Args:
@@ -138,27 +180,21 @@ def corrupt(
         decoder_length: padded length of the targets.
         seed: 64 bits.
         sample_index: global index of the sample.
+        random_roll: rotate the mask (t5's option). Otherwise a sample begins with kept text and
+            ends with a masked span, and the middle is masked more often than the beginning.
 
     Returns:
         (encoder tokens [encoder_length], decoder input and targets [decoder_length] each).
     """
     random = Random(seed, sample_index, Stream.SPANS)
-    noise_lengths = draw_composition(random, noise_tokens, spans)
-    text_segments = draw_composition(random, len(raw) - noise_tokens, spans)
-    encoder_text: list[int] = []
-    target_text: list[int] = []
-    position = 0
-    for span, (kept, masked) in enumerate(zip(text_segments, noise_lengths, strict=True)):
-        sentinel = sentinel_top - 1 - span
-        encoder_text += [*raw[position : position + kept], sentinel]
-        position += kept
-        target_text += [sentinel, *raw[position : position + masked]]
-        position += masked
-    encoder = np.full(encoder_length, PAD_ID, dtype=np.int64)
-    targets = np.full(decoder_length, PAD_ID, dtype=np.int64)
+    encoder_text, target_text = mask_spans(
+        raw, random, noise_tokens, spans, sentinel_top=sentinel_top, random_roll=random_roll
+    )
+    encoder = np.full(encoder_length, PAD_ID, dtype=np.int32)
+    targets = np.full(decoder_length, PAD_ID, dtype=np.int32)
     encoder[: len(encoder_text) + 1] = [*encoder_text, EOS_ID]
     targets[: len(target_text) + 1] = [*target_text, EOS_ID]
-    decoder = np.concatenate([[PAD_ID], targets[:-1]])
+    decoder = np.concatenate([[np.int32(PAD_ID)], targets[:-1]])
     return encoder, decoder, targets
 
 
@@ -167,12 +203,16 @@ class Seq2SeqBatch:
     """Samples for an encoder-decoder; B rows, Le encoder and Ld decoder positions.
 
     Attributes:
-        encoder_tokens: [B, Le] int64.
-        decoder_tokens: [B, Ld] int64, the targets shifted right behind a pad id.
-        decoder_targets: [B, Ld] int64.
+        encoder_tokens: [B, Le] int32 as they come from a loader, int64 on a device.
+        decoder_tokens: [B, Ld] likewise, the targets shifted right behind a pad id.
+        decoder_targets: [B, Ld] likewise.
         encoder_mask: [B, Le] bool, True at a real token.
         decoder_mask: [B, Ld] bool, True where there is a target.
         sample_index: [B] int64, global indices of the samples.
+        encoder_segments: [B, Le] likewise, of rows that hold several documents: 0 on padding, else
+            which of the row's documents a token belongs to, from 1. None: a row is one document.
+        decoder_segments: [B, Ld] likewise.
+        source: [B] int64, which source of a mixture each comes from; None without a mixture.
     """
 
     encoder_tokens: torch.Tensor
@@ -181,10 +221,19 @@ class Seq2SeqBatch:
     encoder_mask: torch.Tensor
     decoder_mask: torch.Tensor
     sample_index: torch.Tensor
+    encoder_segments: torch.Tensor | None = None
+    decoder_segments: torch.Tensor | None = None
+    source: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.encoder_tokens.shape[0]
 
     def to(self, device: torch.device | str) -> Seq2SeqBatch:
-        """The same batch on another device."""
-        return Seq2SeqBatch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        """The same batch on another device, where tokens are widened to int64.
+
+        Half the bytes travel, and from pinned memory they travel while the host goes on.
+        """
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: t.to(device, non_blocking=True) for k, t in held.items() if t is not None}
+        wide = {name: t.long() for name, t in moved.items() if t.dtype == torch.int32}
+        return replace(self, **moved | wide)

@@ -157,6 +157,14 @@ def causal_bias(length: int, dtype: torch.dtype, device: torch.device) -> Tensor
     return full.triu(1)[None, None]
 
 
+def segment_bias(queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, 1, Q, K] from segments [B, Q] and [B, K] of packed rows: 0 within one, else `MASKED`.
+
+    Padding is segment 0: it sees padding alone, and no document sees it.
+    """
+    return (queries[:, :, None] != keys[:, None, :]).to(dtype)[:, None] * MASKED
+
+
 def padding_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, 1, 1, K] from `mask` [B, K] (True: real): 0 there, else `MASKED`."""
     return (~mask).to(dtype)[:, None, None, :] * MASKED

@@ -92,12 +92,14 @@ class TokenLosses:
         log_z_squared: scalar, Σ log²Z of the softmax (T5's logit z-loss before its weight).
         tokens: scalar int64, how many were counted.
         correct: scalar int64, how many had the largest logit.
+        by_row: [B], the cross-entropy of each row, without gradient.
     """
 
     cross_entropy: Tensor
     log_z_squared: Tensor
     tokens: Tensor
     correct: Tensor
+    by_row: Tensor
 
 
 def token_losses(
@@ -120,11 +122,13 @@ def token_losses(
     first = tp.part(vocab_size).start if vocab_size else 0
     scores = _TargetScores.apply(logits.flatten(0, -2), targets.flatten(), first, tp)
     log_z, chosen, best = (score.view(targets.shape) for score in scores)
+    losses = (log_z - chosen) * mask
     return TokenLosses(
-        cross_entropy=((log_z - chosen) * mask).sum(),
+        cross_entropy=losses.sum(),
         log_z_squared=(log_z.square() * mask).sum(),
         tokens=mask.sum(),
         correct=((best == targets) & mask).sum(),
+        by_row=losses.detach().sum(1),
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megaswitch.config import ModelConfig
-from megaswitch.layers.attention import RelativeBias, causal_bias, padding_bias
+from megaswitch.layers.attention import RelativeBias, causal_bias, padding_bias, segment_bias
 from megaswitch.layers.noise import Noise, dropout
 from megaswitch.layers.norm import RMSNorm
 from megaswitch.layers.parameter import Init, initialize, scaled
@@ -59,6 +59,9 @@ class Inputs:
         encoder_mask: [B, Le] bool, True on real tokens; None: all are.
         decoder_mask: [B, Ld] likewise.
         noise: randomness of a training step, or None.
+        encoder_segments: [B, Le] integers of packed rows: 0 on padding, else which of the row's
+            documents a token belongs to, counted from 1; None: a row is one document.
+        decoder_segments: [B, Ld] likewise; its document k answers the encoder's document k.
     """
 
     encoder_shape: torch.Size
@@ -66,6 +69,8 @@ class Inputs:
     encoder_mask: Tensor | None
     decoder_mask: Tensor | None
     noise: Noise | None
+    encoder_segments: Tensor | None = None
+    decoder_segments: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -150,21 +155,21 @@ class Stack(nn.Module):
         losses: RouterLosses,
         memory: Tensor | None = None,
         memory_mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        memory_segments: Tensor | None = None,
     ) -> Tensor:
         """Run the blocks over x, activations of `shape` (B, L); masks are True on real tokens.
 
-        `memory` may have fewer rows than x, and `rows_per_group` be None: see `Block`.
+        `memory` may have fewer rows than x, and `rows_per_group` be None: see `Block`. Where rows
+        are packed, `segments` [B, L] and `memory_segments` [B, K] keep their documents apart, and
+        masks serve routing alone.
         """
-        length = shape[1]
-        bias = self.relative_bias(length, length)
-        hidden = None if mask is None else padding_bias(mask, bias.dtype)
-        if self.name == "decoder":
-            future = causal_bias(length, bias.dtype, bias.device)
-            # The least, not the sum: a query that may see nothing then attends evenly to all.
-            hidden = future if hidden is None else torch.minimum(future, hidden)
-        if hidden is not None:
-            bias = bias + hidden
-        memory_bias = None if memory_mask is None else padding_bias(memory_mask, bias.dtype)
+        bias = self._bias(shape[1], mask, segments)
+        memory_bias = None
+        if segments is not None and memory_segments is not None:
+            memory_bias = segment_bias(segments, memory_segments, bias.dtype)
+        elif memory_mask is not None:
+            memory_bias = padding_bias(memory_mask, bias.dtype)
         real = torch.ones(shape, dtype=torch.bool, device=x.device) if mask is None else mask
         for index, block in self.layers.items():
             arguments = (x, real, bias, rows_per_group, noise, memory, memory_bias)
@@ -180,7 +185,25 @@ class Stack(nn.Module):
         if not hasattr(self, "final_norm"):  # the stack goes on at another pipeline stage
             return x
         site = f"{self.name}.out"
-        return dropout(self.final_norm(x), self.dropout, site, noise, tp=self.tp, length=length)
+        return dropout(self.final_norm(x), self.dropout, site, noise, tp=self.tp, length=shape[1])
+
+    def _bias(self, length: int, mask: Tensor | None, segments: Tensor | None) -> Tensor:
+        """What self-attention adds to its scores, broadcastable to [B, heads, L, L].
+
+        The relative bias needs no notion of documents: it depends on the distance of key and query
+        alone, and within a document that is the same wherever in the row the document stands.
+        """
+        bias = self.relative_bias(length, length)
+        hidden = None
+        if segments is not None:
+            hidden = segment_bias(segments, segments, bias.dtype)
+        elif mask is not None:
+            hidden = padding_bias(mask, bias.dtype)
+        if self.name == "decoder":
+            future = causal_bias(length, bias.dtype, bias.device)
+            # The least, not the sum: a query that may see nothing then attends evenly to all.
+            hidden = future if hidden is None else torch.minimum(future, hidden)
+        return bias if hidden is None else bias + hidden
 
 
 def rows_per_group(config: ModelConfig, encoder_length: int) -> int:
@@ -227,6 +250,8 @@ class SwitchTransformer(nn.Module):
         *,
         encoder_mask: Tensor | None = None,
         decoder_mask: Tensor | None = None,
+        encoder_segments: Tensor | None = None,
+        decoder_segments: Tensor | None = None,
         noise: Noise | None = None,
     ) -> SwitchOutput:
         """Logits of the next decoder token at every position.
@@ -236,15 +261,29 @@ class SwitchTransformer(nn.Module):
             decoder_tokens: [B, Ld] int64, the targets shifted right behind a pad token.
             encoder_mask: [B, Le] bool, True on real tokens; None: all are.
             decoder_mask: [B, Ld] likewise. (A leading pad token is real: it starts the decoder.)
+            encoder_segments: [B, Le] integers of rows that hold several documents: 0 on padding,
+                else which of the row's documents a token belongs to, from 1. A document sees
+                itself alone. None: a row is one document. Masks default to what is not padding.
+            decoder_segments: [B, Ld] likewise, given together: its document k reads the encoder's
+                document k.
             noise: randomness for dropout and jitter in training mode; None takes torch's seed.
                 Evaluation mode draws nothing.
+
+        Raises:
+            ValueError: segments are given for one stream only.
         """
+        if (encoder_segments is None) != (decoder_segments is None):
+            raise ValueError("packed rows need encoder_segments and decoder_segments; give both")
+        if encoder_segments is not None and decoder_segments is not None:
+            encoder_mask = encoder_segments > 0 if encoder_mask is None else encoder_mask
+            decoder_mask = decoder_segments > 0 if decoder_mask is None else decoder_mask
         if not self.training:
             noise = None
         elif noise is None:
             noise = Noise.from_torch(len(encoder_tokens), encoder_tokens.device)
         shapes = (encoder_tokens.shape, decoder_tokens.shape)
-        inputs = Inputs(*shapes, encoder_mask, decoder_mask, noise)
+        segments = (encoder_segments, decoder_segments)
+        inputs = Inputs(*shapes, encoder_mask, decoder_mask, noise, *segments)
         losses = RouterLosses()
         embedded = self.embed(encoder_tokens, decoder_tokens, noise)
         memory, hidden = self.advance(embedded, inputs, losses)
@@ -273,17 +312,29 @@ class SwitchTransformer(nn.Module):
     def advance(self, x: Activations, inputs: Inputs, losses: RouterLosses) -> Activations:
         """Run all the layers there are, which add to `losses`."""
         encoder, decoder = x
-        noise = inputs.noise
         rows = rows_per_group(self.config, inputs.encoder_shape[1])
         if self.encoder.layers:
             encoder = self.encoder(
-                encoder, inputs.encoder_shape, inputs.encoder_mask, rows, noise, losses
+                encoder,
+                inputs.encoder_shape,
+                inputs.encoder_mask,
+                rows,
+                inputs.noise,
+                losses,
+                segments=inputs.encoder_segments,
             )
         if self.decoder.layers:
-            memory = self.tp.enter(encoder, inputs.encoder_shape)
-            masks = (inputs.decoder_mask, inputs.encoder_mask)
             decoder = self.decoder(
-                decoder, inputs.decoder_shape, masks[0], rows, noise, losses, memory, masks[1]
+                decoder,
+                inputs.decoder_shape,
+                inputs.decoder_mask,
+                rows,
+                inputs.noise,
+                losses,
+                memory=self.tp.enter(encoder, inputs.encoder_shape),
+                memory_mask=inputs.encoder_mask,
+                segments=inputs.decoder_segments,
+                memory_segments=inputs.encoder_segments,
             )
         return Activations(encoder, decoder)
 

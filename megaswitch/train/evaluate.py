@@ -245,7 +245,9 @@ def _corpora(
         return
     assert tokenizer
     data = config.data
-    least, _ = span_shape(data.encoder_length, data.noise_density, data.mean_span_length)
+    least, _ = span_shape(
+        data.encoder_length, data.noise_density, data.mean_span_length, data.random_roll
+    )
     local_rank = int(os.environ["LOCAL_RANK"]) if mesh.size > 1 else 0
     with TemporaryDirectory(prefix="megaswitch-", ignore_cleanup_errors=True) as folder:
         if watchdog:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from megaswitch.config import ModelConfig
+from megaswitch.data.span_corruption import Seq2SeqBatch
 from megaswitch.files import lock, write_durably
 from megaswitch.layers.vocab import TokenLosses
 from megaswitch.log import warn
@@ -201,6 +202,35 @@ class LossMeter:
         totals = LossTotals(*mesh.sum_(self.sums.clone()).tolist())
         self.sums.zero_()
         return totals
+
+
+class SourceMeter:
+    """Loss of each source of a mixture since the last reading; without a mixture, nothing.
+
+    Args:
+        names: of the sources.
+        device: where the losses are.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        self.names = names
+        self.sums = torch.zeros(2, len(names), dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, sums: TokenLosses | None, batch: Seq2SeqBatch) -> None:
+        """Count the rows of a micro-batch, where their losses are known."""
+        if sums is not None and batch.source is not None:
+            rows = torch.stack([sums.by_row.double(), batch.decoder_mask.sum(1).double()])
+            self.sums.index_add_(1, batch.source, rows)
+
+    def summary(self, mesh: Mesh) -> dict[str, float]:
+        """`loss/name`, nats per target token, of the sources seen; the meter is emptied."""
+        if not self.names:
+            return {}
+        losses, tokens = mesh.sum_(self.sums.clone()).tolist()
+        self.sums.zero_()
+        table = zip(self.names, losses, tokens, strict=True)
+        return {f"loss/{name}": loss / count for name, loss, count in table if count}
 
 
 class MetricLog:

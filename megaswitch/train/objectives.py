@@ -58,6 +58,8 @@ class MicroBatch:
             batch.encoder_mask if padded[0] else None,
             batch.decoder_mask if padded[1] else None,
             noise,
+            batch.encoder_segments,
+            batch.decoder_segments,
         )
         return cls(batch, inputs)
 
@@ -78,6 +80,8 @@ def forward(model: SwitchTransformer, micro: MicroBatch, precision: torch.dtype)
             batch.decoder_tokens,
             encoder_mask=inputs.encoder_mask,
             decoder_mask=inputs.decoder_mask,
+            encoder_segments=inputs.encoder_segments,
+            decoder_segments=inputs.decoder_segments,
             noise=inputs.noise,
         )
     return output

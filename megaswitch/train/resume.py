@@ -6,22 +6,22 @@ from pathlib import Path
 
 from megaswitch.checkpoint.manager import read_config, read_state
 from megaswitch.config import RunConfig, differences, to_toml
-from megaswitch.data.loader import SpanCorruptionLoader
+from megaswitch.data.samples import Samples
 from megaswitch.log import UserError
 from megaswitch.parallel.mesh import Mesh
 
 # Keys that a run may change when it goes on; the rest of the configuration is its identity.
 _MAY_CHANGE = (
     *("model.preset", "data.train", "data.valid", "data.tokenizer", "checkpoint.", "parallel."),
+    *("data.mixture.weights", "data.mixture.exponent", "data.mixture.cap"),  # from there on
+    *("data.access", "data.loader_threads", "data.prefetch_batches"),
     *("train.steps", "train.run_dir", "train.device", "train.micro_batch_size"),
     *("train.activation_checkpointing", "train.log_interval"),
     *("train.valid_interval", "train.valid_samples"),
 )
 
 
-def check_same_view(
-    mesh: Mesh, config: RunConfig, loader: SpanCorruptionLoader, newest: Path | None
-) -> None:
+def check_same_view(mesh: Mesh, config: RunConfig, loader: Samples, newest: Path | None) -> None:
     """Refuse ranks that would train apart: other configuration, data, or checkpoint to go on from.
 
     Raises:
@@ -29,7 +29,7 @@ def check_same_view(
     """
     views = {
         "configurations": to_toml(config),
-        "training data": loader.fingerprint,
+        "training data": (loader.fingerprint, loader.segments),
         "newest checkpoints": newest.name if newest else "none",
     }
     gathered = mesh.gather(views)
@@ -41,7 +41,7 @@ def check_same_view(
         )
 
 
-def check_resume(path: Path, config: RunConfig, loader: SpanCorruptionLoader) -> None:
+def check_resume(path: Path, config: RunConfig, loader: Samples) -> None:
     """Refuse to go on from `path` if that would be another run: other configuration or data."""
     changed = [
         line

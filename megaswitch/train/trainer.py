@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,9 +20,8 @@ from megaswitch.checkpoint.manager import (
     checkpoints,
 )
 from megaswitch.config import RunConfig, to_toml
-from megaswitch.data.loader import SpanCorruptionLoader
+from megaswitch.data.samples import BatchStream, Samples, Segment
 from megaswitch.data.span_corruption import Seq2SeqBatch
-from megaswitch.data.tokenizer import Tokenizer
 from megaswitch.files import write_durably
 from megaswitch.layers.noise import Noise
 from megaswitch.layers.vocab import TokenLosses
@@ -34,13 +33,14 @@ from megaswitch.optim.schedule import learning_rate
 from megaswitch.parallel.mesh import Mesh
 from megaswitch.parallel.watchdog import Watchdog
 from megaswitch.rules_parallel import check_sequence_parallel
+from megaswitch.train.corpora import batch_size, build_loader, build_validation, micro_batches
 from megaswitch.train.display import Display
-from megaswitch.train.metrics import LossMeter, MetricLog, RouterMeter, peak_flops
+from megaswitch.train.metrics import LossMeter, MetricLog, RouterMeter, SourceMeter, peak_flops
 from megaswitch.train.objectives import PRECISIONS, BatchSize, MicroBatch
 from megaswitch.train.parts import Parts, build_parts
 from megaswitch.train.resume import check_resume, check_same_view
 from megaswitch.train.runner import Runner
-from megaswitch.train.validation import Validation, open_corpus
+from megaswitch.train.validation import Validation, validate
 
 
 @dataclass
@@ -52,8 +52,10 @@ class Trainer:
     parts: Parts
     runner: Runner
     optimizer: torch.optim.Optimizer
-    loader: SpanCorruptionLoader
-    validation: Validation | None
+    loader: Samples
+    batches: BatchStream
+    sources: SourceMeter
+    validation: list[Validation]
     checkpoints: CheckpointManager
     log: MetricLog | None
     state: TrainState
@@ -93,6 +95,14 @@ class Trainer:
             parts.initialize(config.train.seed)
             state = TrainState(step=0, samples=0, fingerprint=loader.fingerprint)
         with mesh.together():
+            loader.go_on([Segment(start, tuple(q)) for start, *q in state.mixture], state.samples)
+            state = replace(state, mixture=[[s.start, *s.quotas] for s in loader.segments])
+            batches = loader.stream(
+                micro_batches(config, mesh, state.samples),
+                threads=config.data.loader_threads,
+                ahead=config.data.prefetch_batches,
+                pin=mesh.device.type == "cuda",
+            )
             log = MetricLog(run_dir, state.step + 1) if mesh.rank == 0 else None
             if log:
                 write_durably(run_dir / "config.toml", to_toml(config))
@@ -104,6 +114,8 @@ class Trainer:
             runner=Runner(config, mesh, parts),
             optimizer=optimizer,
             loader=loader,
+            batches=batches,
+            sources=SourceMeter(loader.source_names, mesh.device),
             validation=validation,
             checkpoints=manager,
             log=log,
@@ -130,7 +142,7 @@ class Trainer:
         display = Display(self.config, self.mesh, count(self.config.model).total_parameters)
         flops = self._training_flops_per_sequence()
         clock, since = time.perf_counter(), self.state
-        with self._logging(), _Interrupt() as interrupt, display:
+        with self._closing(), _Interrupt() as interrupt, display:
             while self.state.step < train.steps:
                 step = self.state.step + 1
                 if watchdog:
@@ -141,8 +153,11 @@ class Trainer:
                 if logged:
                     elapsed = time.perf_counter() - clock
                     metrics = losses.summary(self.mesh) | router.summary(self.mesh)
+                    metrics |= self.sources.summary(self.mesh)
                     metrics |= {"learning_rate": rate, "grad_norm": norm}
                     metrics |= self._speed(self.state.samples - since.samples, elapsed, flops)
+                    if self.log:
+                        metrics |= self.loader.counters(self.state.samples)
                     self._write(step, metrics)
                     display.step(step, metrics)
                     clock, since = time.perf_counter(), self.state
@@ -163,11 +178,12 @@ class Trainer:
         return self.state.step >= train.steps
 
     @contextmanager
-    def _logging(self) -> Iterator[None]:
-        """Close the log, and with it the run folder's lock, however training ends."""
+    def _closing(self) -> Iterator[None]:
+        """End the loader's threads and the log, and with it the run folder's lock, in any case."""
         try:
             yield
         finally:
+            self.batches.close()
             if self.log:
                 self.log.close()
 
@@ -177,9 +193,7 @@ class Trainer:
         """One optimizer step; returns the gradient norm and whether any rank wants to stop."""
         size = batch_size(self.config, self.state.samples)
         share = size // self.mesh.dp.size
-        start = self.state.samples + self.mesh.dp.rank * share
-        firsts = range(start, start + share, self.config.train.micro_batch_size)
-        batches = self._batches(firsts)
+        batches = self._batches(share // self.config.train.micro_batch_size)
         # One small sum tells every rank the global counts, whether one was asked to stop, and
         # whether one has failed where the others cannot see it.
         tokens = sum(int(batch.decoder_mask.sum()) for batch in batches)
@@ -197,6 +211,7 @@ class Trainer:
 
         def record(output: SwitchOutput, sums: TokenLosses | None, one: MicroBatch) -> None:
             losses.add(sums, output.aux_loss.detach(), one.rows)
+            self.sources.add(sums, one.batch)
             if router:
                 router.add(output.routing, one.inputs)
 
@@ -211,8 +226,8 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
         self.parts.gradients.clear()
-        self.state = TrainState(
-            self.state.step + 1, self.state.samples + size, self.state.fingerprint
+        self.state = replace(
+            self.state, step=self.state.step + 1, samples=self.state.samples + size
         )
         return norm, bool(stops)
 
@@ -220,17 +235,16 @@ class Trainer:
         samples = batch.sample_index.to(self.mesh.device)
         return Noise(self.config.train.seed, self.state.step, samples)
 
-    def _batches(self, firsts: range) -> list[Seq2SeqBatch]:
-        """The micro-batches that begin at these samples; a failure is kept for `_step`."""
+    def _batches(self, number: int) -> list[Seq2SeqBatch]:
+        """The next micro-batches; a failure is kept for `_step`."""
         try:
-            return [self.loader.batch(range(i, i + firsts.step)) for i in firsts]
+            return [next(self.batches) for _ in range(number)]
         except UserError as error:
             self.failure = error
             return []
 
     def _validate(self, step: int, display: Display) -> None:
-        assert self.validation
-        metrics = self.validation.run(self.runner)
+        metrics = validate(self.runner, self.validation)
         self._write(step, {f"valid/{key}": value for key, value in metrics.items()})
         display.validation(step, metrics)
 
@@ -311,39 +325,3 @@ class _Interrupt:
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-
-def batch_size(config: RunConfig, samples: int) -> int:
-    """Sequences of the step that begins after `samples` sequences were consumed."""
-    train = config.train
-    if train.rampup_batch_size is None:
-        return train.batch_size
-    assert train.rampup_increment
-    assert train.rampup_samples
-    increments = (train.batch_size - train.rampup_batch_size) // train.rampup_increment
-    done = min(increments, samples * increments // train.rampup_samples)
-    return train.rampup_batch_size + done * train.rampup_increment
-
-
-def build_loader(config: RunConfig, split: str) -> SpanCorruptionLoader:
-    """The loader of `data.train` (shuffled) or `data.valid` (in order)."""
-    prefix = getattr(config.data, split)
-    if prefix is None:
-        raise UserError(
-            f"data.{split} is not set; it must name the .bin/.idx pair that `megaswitch "
-            f"preprocess` wrote, without suffix: --data.{split}=PREFIX"
-        )
-    tokenizer = Tokenizer(config.data.tokenizer).info if config.data.tokenizer else None
-    return open_corpus(config, prefix, tokenizer, shuffle=split == "train")
-
-
-def build_validation(config: RunConfig) -> Validation | None:
-    """Validation on `data.valid`, or None without it."""
-    if config.data.valid is None:
-        return None
-    loader = build_loader(config, "valid")
-    return Validation(
-        loader,
-        samples=config.train.valid_samples,
-        micro_batch_size=config.train.micro_batch_size,
-    )

@@ -9,13 +9,16 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megaswitch.config import ModelConfig, RunConfig
+from megaswitch.data.document_loader import DocumentLoader
 from megaswitch.data.indexed import TokenizerInfo
 from megaswitch.data.loader import SpanCorruptionLoader
+from megaswitch.data.samples import Corpus
 from megaswitch.data.span_corruption import EOS_ID, Seq2SeqBatch
 from megaswitch.layers.vocab import TokenLosses, token_losses
 from megaswitch.model.switch_transformer import SwitchOutput
@@ -59,24 +62,22 @@ class Validation:
         loader: unshuffled.
         samples: how many sequences; all that there are, if fewer or if None.
         micro_batch_size: sequences per forward; whole routing groups.
+        name: of the corpus among several.
     """
 
     def __init__(
-        self, loader: SpanCorruptionLoader, *, samples: int | None, micro_batch_size: int
+        self,
+        loader: Corpus,
+        *,
+        samples: int | None,
+        micro_batch_size: int,
+        name: str = "",
     ) -> None:
+        self.name = name
         self.loader = loader
         most = loader.samples_per_epoch
         self.samples = most if samples is None else min(samples, most)
         self.micro_batch_size = micro_batch_size
-
-    def run(self, runner: Runner) -> dict[str, float]:
-        """Evaluate, spread over the ranks.
-
-        Returns:
-            `Figures.metrics` and `router_metrics`.
-        """
-        (figures,) = measure(runner, [self])
-        return figures.metrics | router_metrics(figures.router)
 
     def batches(self) -> Iterator[range]:
         """Sample indices of each forward pass."""
@@ -89,6 +90,21 @@ class Validation:
         loader = self.loader
         text = (targets != EOS_ID) & (targets < loader.sentinel_top - loader.num_sentinels)
         return batch.decoder_mask & text
+
+
+def validate(runner: Runner, sources: Sequence[Validation]) -> dict[str, float]:
+    """Evaluate on all sources, spread over the ranks.
+
+    Returns:
+        `Figures.metrics` and `router_metrics` of all samples together; those of a source that has a
+        name have it appended: `loss/name`.
+    """
+    figures = measure(runner, sources, total=len(sources) > 1)
+    metrics = figures[-1].metrics | router_metrics(figures[-1].router)
+    for source, one in zip(sources, figures, strict=False):
+        if source.name:
+            metrics |= {f"{key}/{source.name}": value for key, value in one.metrics.items()}
+    return metrics
 
 
 class _Tally:
@@ -214,17 +230,27 @@ def _entropy(counts: Tensor) -> float:
 
 
 def open_corpus(
-    config: RunConfig, prefix: str | Path, tokenizer: TokenizerInfo | None, *, shuffle: bool
-) -> SpanCorruptionLoader:
-    """The corpus at `prefix` as samples of `config`'s lengths, corruption and seed."""
-    return SpanCorruptionLoader(
-        prefix,
-        seed=config.train.seed,
-        vocab_size=config.model.vocab_size,
-        encoder_length=config.data.encoder_length,
-        decoder_length=config.data.decoder_length,
-        noise_density=config.data.noise_density,
-        mean_span_length=config.data.mean_span_length,
-        shuffle=shuffle,
-        tokenizer=tokenizer,
-    )
+    config: RunConfig,
+    prefix: str | Path,
+    tokenizer: TokenizerInfo | None,
+    *,
+    shuffle: bool,
+    seed: int | None = None,
+) -> Corpus:
+    """The corpus at `prefix` as samples of `config`'s objective and lengths; None: of its seed."""
+    data = config.data
+    settings: dict[str, Any] = {
+        "seed": config.train.seed if seed is None else seed,
+        "vocab_size": config.model.vocab_size,
+        "encoder_length": data.encoder_length,
+        "decoder_length": data.decoder_length,
+        "noise_density": data.noise_density,
+        "mean_span_length": data.mean_span_length,
+        "random_roll": data.random_roll,
+        "shuffle": shuffle,
+        "tokenizer": tokenizer,
+        "pread": data.access == "pread",
+    }
+    if data.objective == "span-corruption" and not data.packing:
+        return SpanCorruptionLoader(prefix, **settings)
+    return DocumentLoader(prefix, objective=data.objective, packing=data.packing, **settings)

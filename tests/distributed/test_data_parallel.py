@@ -48,15 +48,16 @@ UNEQUAL = """
 import os, resource, signal, sys
 from megaswitch.train import trainer
 from megaswitch.cli import main
+from megaswitch.data.loader import SpanCorruptionLoader
 
 kind = sys.argv.pop(1)
 mine = int(os.environ["RANK"])
 if kind == "sees no checkpoint" and mine == 1:
     trainer.checkpoints = lambda folder: []
 if kind == "cannot read its data" and mine == 1:
-    def batch(self, indices):
+    def batch(self):
         raise trainer.UserError("the data of this node is gone")
-    trainer.SpanCorruptionLoader.batch = batch
+    trainer.BatchStream.__next__ = batch
 if kind == "cannot write metrics" and mine == 0:
     def write(self, step, metrics):
         raise OSError(28, "No space left on device")

@@ -7,7 +7,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2] / "megaswitch"
 FLOORS = [
-    {"log", "files", "presets", "schema", "rules", "rules_parallel", "config"},
+    {
+        "log",
+        "files",
+        "presets",
+        "schema",
+        "schema_data",
+        "schema_keys",
+        "rules",
+        "rules_parallel",
+        "config",
+    },
     {"parallel"},
     {"layers"},
     {"model", "data"},

@@ -517,3 +517,55 @@ def test_more_keys_that_would_be_ignored(overrides):
 def test_sections_and_values_are_not_mixed_up(override):
     with pytest.raises(ConfigError, match="section"):
         load_config(None, ["--optim.name=adafactor", override])
+
+
+# ---------------------------------------------------------------- sources of training data
+
+
+TABLE = ("--data.train.en=a", "--data.train.de=b")
+
+
+def test_a_table_of_sources_is_read_and_written(tmp_path):
+    text = """
+    [data.train]
+    en = "corpora/en"
+    "zh-Hant" = "corpora/zh"
+    [data.valid]
+    en = "corpora/en-valid"
+    [data.mixture]
+    exponent = 0.3
+    cap = 1000
+    """
+    config = load_config(write(tmp_path, text), ["--data.train.de=corpora/de"])
+    assert config.data.train == {"en": "corpora/en", "zh-Hant": "corpora/zh", "de": "corpora/de"}
+    assert config.data.mixture.exponent == 0.3
+    assert from_toml(to_toml(config)) == config
+    weighted = load_config(None, [*TABLE, "--data.mixture.weights={en = 2, de = 0.5}"])
+    assert from_toml(to_toml(weighted)).data.mixture.weights == {"en": 2.0, "de": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data.train=a", "--data.mixture.exponent=0.3"],
+         "data.mixture.exponent=0.3 would be ignored because data.train='a'; it must be a table of "
+         "named sources; remove it"),
+        (["--data.train.a b=x"], "has a source named 'a b'; a name must be 1 … 64 letters"),
+        (["--data.train={}"], "data.train names 0 sources; it must name 1 … 1000"),
+        ([*TABLE, "--data.mixture.weights={en = 1}"], "data.mixture.weights lacks 'de'; it must"),
+        ([*TABLE, "--data.mixture.weights={en = 1, de = 1, fr = 1}"], "weights names 'fr'; it"),
+        ([*TABLE, "--data.mixture.weights={en = 1, de = -1}"], "data.mixture.weights has de=-1.0;"),
+        ([*TABLE, "--data.mixture.weights={en = 0, de = 0}"], "mixture.weights has only zeros"),
+        ([*TABLE, "--data.mixture.weights={en = 1, de = 1}", "--data.mixture.cap=5"],
+         "data.mixture.cap=5 would be ignored because data.mixture.weights gives the shares"),
+        ([*TABLE, "--data.mixture.weights.en=x", "--data.mixture.weights.de=1"],
+         "data.mixture.weights.en='x' is wrong: Input should be a valid number"),
+        (["--data.train=3"], "data.train=3 is wrong: Input should be a valid"),
+        (["--data.train.en=3"], "data.train.en=3 is wrong: Input should be a valid string"),
+        (["--data.loader_threads=9", "--data.prefetch_batches=8"],
+         "data.loader_threads=9 must not exceed data.prefetch_batches=8"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_the_sources_are_explained(options, message):
+    (problem,) = problems(*options)
+    assert message in problem

@@ -68,7 +68,7 @@ def test_every_command_has_examples_that_parse(path):
         parse(words)
 
 
-@pytest.mark.parametrize("path", [(), ("tokenizer",), *COMMANDS], ids=IDS)
+@pytest.mark.parametrize("path", [(), ("tokenizer",), ("data",), *COMMANDS], ids=IDS)
 def test_help_fits(path):
     assert all(len(line) <= 100 for line in help_of(path).splitlines())
 

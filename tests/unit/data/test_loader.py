@@ -9,6 +9,7 @@ import torch
 from megaswitch.data.indexed import IndexedWriter, TokenizerInfo, TokenStore
 from megaswitch.data.loader import SpanCorruptionLoader
 from megaswitch.data.philox import KeyedPermutation, Random, Stream
+from megaswitch.data.samples import text_mask
 from megaswitch.data.span_corruption import corrupt, span_counts
 from megaswitch.log import UserError
 
@@ -38,7 +39,26 @@ def test_default_shape_is_that_of_t5(make_corpus):
     assert bool(batch.encoder_mask.all())
     assert bool(batch.decoder_mask.all())
     assert (batch.encoder_tokens >= 32_128 - 100).sum(1).tolist() == [28] * 4
-    assert {getattr(batch, field).dtype for field in FIELDS} == {torch.int64, torch.bool}
+    assert {getattr(batch, field).dtype for field in FIELDS} == {torch.int32, torch.bool}
+
+
+def test_random_roll_pads_the_texts_whose_spans_stay_whole(prefix):
+    loader = SpanCorruptionLoader(prefix, **SETTINGS, random_roll=True)
+    batch = loader.batch(range(200))
+    for mask, tokens in [
+        (batch.encoder_mask, batch.encoder_tokens),
+        (batch.decoder_mask, batch.decoder_targets),
+    ]:
+        ends = mask.sum(1) - 1
+        assert set((tokens.shape[1] - 1 - ends).tolist()) == {0, 1}
+        assert torch.equal(mask, torch.arange(tokens.shape[1]) <= ends[:, None])
+        assert bool((tokens[torch.arange(200), ends] == 1).all())
+    assert torch.equal(batch.encoder_mask.all(1), batch.decoder_mask.all(1))
+
+
+def test_the_pad_id_within_a_text_is_no_padding():
+    tokens = torch.tensor([[5, 0, 0, 7, 1, 0], [0, 0, 1, 0, 0, 0]], dtype=torch.int32)
+    assert text_mask(tokens).sum(1).tolist() == [5, 3]
 
 
 @pytest.mark.parametrize("dtype", ["<u2", "<i2", "<i4", "<i8"])
@@ -259,7 +279,7 @@ def test_a_bad_id_that_escapes_the_check_at_open_is_found_when_read(prefix, monk
     with prefix.with_name("corpus.bin").open("r+b") as file:
         file.seek(2 * 9_000)
         file.write(b"\xff\xff")
-    monkeypatch.setattr("megaswitch.data.loader._ID_CHECK_BUDGET", 1)
+    monkeypatch.setattr("megaswitch.data.corpus_checks._ID_CHECK_BUDGET", 1)
     loader = SpanCorruptionLoader(prefix, **SETTINGS, shuffle=False)
     loader.batch(range(9_000 // RAW))
     with pytest.raises(UserError, match=r"token 9000 of '.*corpus.bin' is id 65535"):
@@ -300,11 +320,13 @@ def test_fingerprint_sees_the_digest_of_the_sidecar(make_corpus):
 def test_the_core_refuses_wrong_buffers(prefix):
     loader = SpanCorruptionLoader(prefix, **SETTINGS)
     index = np.zeros(2, dtype=np.int64)
-    good = [np.empty((2, width), dtype=np.int64) for width in (32, DECODER, DECODER)]
-    loader._sampler.fill(index, *good)
+    good = [np.empty((2, width), dtype=np.int32) for width in (32, DECODER, DECODER)]
+    loader.sampler.fill(index, *good)
     with pytest.raises(ValueError, match="encoder_tokens has the wrong shape"):
-        loader._sampler.fill(index, good[1], *good[1:])
+        loader.sampler.fill(index, good[1], *good[1:])
     with pytest.raises(TypeError):
-        loader._sampler.fill(index, good[0].astype(np.int32), *good[1:])
+        loader.sampler.fill(index, good[0].astype(np.int64), *good[1:])
+    with pytest.raises(ValueError, match="segments go with samplers that pack documents"):
+        loader.sampler.fill(index, *good, good[0], good[1])
     with pytest.raises(ValueError, match="negative sample index"):
         loader.batch([-1])

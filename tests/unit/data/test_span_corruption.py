@@ -55,17 +55,18 @@ def test_shape(encoder_length, density, mean_span, expected):
 
 
 @given(
-    encoder_length=st.integers(3, 3000),
+    encoder_length=st.integers(4, 3000),
     density=st.floats(0.01, 0.95),
     mean_span=st.floats(1.0, 20.0),
+    roll=st.booleans(),
 )
-def test_shape_is_the_greatest_that_fits(encoder_length, density, mean_span):
-    raw_length, decoder_length = span_shape(encoder_length, density, mean_span)
-    fits, needed = text_lengths(raw_length, density, mean_span)
+def test_shape_is_the_greatest_that_fits(encoder_length, density, mean_span, roll):
+    raw_length, decoder_length = span_shape(encoder_length, density, mean_span, roll)
+    fits, needed = text_lengths(raw_length, density, mean_span, roll)
     assert fits <= encoder_length
     assert needed == decoder_length
     for longer in range(raw_length + 1, raw_length + 10):
-        assert text_lengths(longer, density, mean_span)[0] > encoder_length
+        assert text_lengths(longer, density, mean_span, roll)[0] > encoder_length
 
 
 @pytest.mark.parametrize(
@@ -76,6 +77,7 @@ def test_shape_is_the_greatest_that_fits(encoder_length, density, mean_span):
         ((512, float("nan"), 3.0), "noise_density is nan"),
         ((512, 0.15, 0.5), "mean_span_length is 0.5"),
         ((2, 0.15, 3.0), "encoder_length is 2"),
+        ((3, 0.15, 3.0, True), "encoder_length is 3; the shortest .* takes 4"),
         ((512, 0.99999999, 1e9), "more than 16777216 raw tokens"),
     ],
 )
@@ -86,15 +88,16 @@ def test_impossible_shapes_are_refused(arguments, message):
 
 @st.composite
 def samples(draw):
-    raw_length = draw(st.integers(2, 700))
+    raw_length, roll = draw(st.integers(2, 700)), draw(st.booleans())
     density = draw(st.floats(0.01, 0.95))
     noise, spans = span_counts(raw_length, density, draw(st.floats(1.0, 12.0)))
     shape = {
         "noise_tokens": noise,
         "spans": spans,
         "sentinel_top": 32_100,
-        "encoder_length": raw_length - noise + spans + 1 + draw(st.integers(0, 3)),
-        "decoder_length": noise + spans + 1 + draw(st.integers(0, 3)),
+        "encoder_length": raw_length - noise + spans + roll + 1 + draw(st.integers(0, 3)),
+        "decoder_length": noise + spans + roll + 1 + draw(st.integers(0, 3)),
+        "random_roll": roll,
     }
     seed = draw(st.integers(0, (1 << 64) - 1))
     return np.arange(3, 3 + raw_length), shape, seed, draw(st.integers(0, (1 << 63) - 1))
@@ -108,7 +111,45 @@ def test_the_core_equals_the_oracle(sample):
     expected = corrupt(raw, seed=seed, sample_index=index, **shape)
     actual = native.corrupt(raw, layout, seed=seed, sample_index=index)
     for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.dtype == theirs.dtype == np.int32
         assert np.array_equal(ours, theirs)
+
+
+def rolled(mask, offset):
+    """t5's `tf.roll(mask, offset)`, written out."""
+    return [mask[(i - offset) % len(mask)] for i in range(len(mask))]
+
+
+def test_random_roll_rotates_the_mask_as_t5_does():
+    """The rotation is the only difference: the spans are those drawn without it."""
+    shape = {"noise_tokens": 5, "spans": 2, "sentinel_top": 100}
+    shape |= {"encoder_length": 16, "decoder_length": 9}
+    raw = np.arange(10, 26)
+    offsets = Counter()
+    for index in range(400):
+        straight = corrupt(raw, seed=1, sample_index=index, **shape)
+        roll = corrupt(raw, seed=1, sample_index=index, random_roll=True, **shape)
+        masks = [[token in targets for token in raw] for _, _, targets in (straight, roll)]
+        fitting = [offset for offset in range(16) if rolled(masks[0], offset) == masks[1]]
+        assert fitting
+        offsets.update(fitting if len(fitting) == 1 else ())
+    assert set(offsets) == set(range(16))
+
+
+def test_with_random_roll_every_position_is_masked_equally_often():
+    raw = np.arange(10, 30)
+    shape = {"noise_tokens": 3, "spans": 1, "sentinel_top": 100}
+    shape |= {"encoder_length": 20, "decoder_length": 6}
+    rates = {}
+    for roll in (False, True):
+        layout = native.SpanLayout(raw_length=20, random_roll=roll, **shape)
+        masked = Counter()
+        for index in range(4_000):
+            _, _, targets = native.corrupt(raw, layout, seed=3, sample_index=index)
+            masked.update(token for token in targets.tolist() if 10 <= token < 30)
+        rates[roll] = [masked[token] / 4_000 for token in raw.tolist()]
+    assert rates[False] == [0.0] * 17 + [1.0] * 3, "t5 without it masks the end alone"
+    assert max(abs(rate - 0.15) for rate in rates[True]) < 0.03
 
 
 SENTINELS_FROM = 1_000  # in these samples text stays below and sentinels above
@@ -136,8 +177,11 @@ def test_a_sample_reassembles_to_its_source(sample):
     encoder, decoder, targets = corrupt(raw, seed=seed, sample_index=index, **shape)
     assert reassemble(encoder, targets) == raw.tolist()
     sentinels = [token for token in encoder if token > SENTINELS_FROM]
-    assert sentinels == [32_099 - span for span in range(shape["spans"])]
-    assert encoder[0] == raw[0], "a sample begins with kept text"
+    split = len(sentinels) - shape["spans"]
+    assert split in ((0, 1) if shape["random_roll"] else (0,))
+    assert sentinels == [32_099 - span for span in range(len(sentinels))]
+    if not shape["random_roll"]:
+        assert encoder[0] == raw[0], "a sample begins with kept text"
     assert decoder[0] == PAD_ID
     assert np.array_equal(decoder[1:], targets[:-1])
 

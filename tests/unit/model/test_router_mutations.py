@@ -152,9 +152,9 @@ def bf16_router(patch):
 def jitter_in_evaluation(patch):
     forward = Stack.forward
 
-    def mutated(self, x, shape, mask, rows_per_group, noise, *rest):
+    def mutated(self, x, shape, mask, rows_per_group, noise, *rest, **others):
         noise = noise or Noise(0, 0, torch.arange(len(x)))
-        return forward(self, x, shape, mask, rows_per_group, noise, *rest)
+        return forward(self, x, shape, mask, rows_per_group, noise, *rest, **others)
 
     patch.setattr(Stack, "forward", mutated)
 

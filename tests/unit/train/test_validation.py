@@ -13,7 +13,7 @@ from megaswitch.train.metrics import LayerLoad
 from megaswitch.train.parts import build_parts
 from megaswitch.train.runner import Runner
 from megaswitch.train.trainer import build_loader
-from megaswitch.train.validation import Validation, measure, open_corpus
+from megaswitch.train.validation import Validation, measure, open_corpus, validate
 from tests.conftest import SENTINELS, VOCAB_SIZE
 
 
@@ -63,7 +63,7 @@ def test_validation_equals_sums_by_hand(config, runner, model, micro_batch_size)
     loader = build_loader(config, "valid")
     validation = Validation(loader, samples=10, micro_batch_size=micro_batch_size)
     model.train()
-    metrics = validation.run(runner)
+    metrics = validate(runner, [validation])
     assert model.training
     loss, accuracy, content, content_accuracy, entropy = by_hand(model, loader, 10)
     assert content_accuracy > 0
@@ -141,7 +141,7 @@ def test_a_model_goes_back_to_training_when_reading_fails(config, runner, model,
     monkeypatch.setattr(loader, "batch", fail)
     model.train()
     with pytest.raises(UserError, match="the data is gone"):
-        Validation(loader, samples=4, micro_batch_size=4).run(runner)
+        validate(runner, [Validation(loader, samples=4, micro_batch_size=4)])
     assert model.training
 
 
@@ -152,7 +152,7 @@ def test_a_full_device_is_said_in_words(config, runner, model, monkeypatch):
     monkeypatch.setattr(model, "forward", fail)
     source = Validation(build_loader(config, "valid"), samples=4, micro_batch_size=4)
     with pytest.raises(UserError, match="not enough memory: 4 samples are too many"):
-        source.run(runner)
+        validate(runner, [source])
 
 
 def test_validation_takes_what_there_is(config, runner, model):
