@@ -1,6 +1,6 @@
-// Reader of Megatron's `.bin/.idx` token files. Everything a file says is checked at open, and again
-// at every later access, as files may change. Bytes are copied out of the mapping before they are
-// looked at: what was checked is what is used, and a file that is cut meanwhile is an error.
+// Reader of Megatron's `.bin/.idx` token files. Everything a file says is checked at open, and
+// again at every later access, as files may change. Bytes are copied out of the mapping before they
+// are looked at: what was checked is what is used, and a file cut meanwhile is an error.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 // A small coverage-guided fuzzer for compilers without libFuzzer. The code under test is compiled
-// with -fsanitize-coverage=trace-pc; an input that takes a new edge, or one much more often, is kept
-// and mutated further.
+// with -fsanitize-coverage=trace-pc; an input that takes a new edge, or one much more often, is
+// kept and mutated further.
 //
 //   driver --seconds N --seed S --finding FILE   fuzz; the input that fails is written to FILE
 //   driver FILE...                               run inputs again

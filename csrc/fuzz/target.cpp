@@ -1,9 +1,9 @@
 // What is fuzzed: opening an .idx/.bin pair and every read of it, before and after a file is cut.
 // The functions are libFuzzer's, so that it can drive them too; driver.cpp needs no clang.
 //
-// An input is four u32 (bytes of the .idx, where to cut, two arguments of reads), the .idx, the .bin.
-// Beside crashes, a finding is whatever contradicts the plain reader below: a pair that is accepted
-// or refused wrongly, or a value that is read wrongly and not refused.
+// An input is four u32 (bytes of the .idx, where to cut, two arguments of reads), the .idx and the
+// .bin. Beside crashes, a finding is whatever contradicts the plain reader below: a pair that is
+// accepted or refused wrongly, or a value that is read wrongly and not refused.
 #include <fcntl.h>
 #include <unistd.h>
 
