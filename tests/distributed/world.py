@@ -28,6 +28,9 @@ import torch.distributed as dist
 
 _COLLECTIVE = 60.0  # seconds after which a rank gives a collective up
 _WORK = 240.0  # seconds for one piece of work
+# Pieces of work after which the processes are replaced. Groups that are gone leave threads behind,
+# some of which spin once their peers are gone, too: after a hundred pieces they take all cores.
+_LIFE = 6
 _GRACE = 3.0  # seconds in which ranks may say how another's failure reached them
 
 
@@ -46,6 +49,7 @@ class World:
         self.size = size
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
+        self._done = 0
 
     def run(self, ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Call function(*args) on ranks 0 … ranks - 1 of one group; what each returned.
@@ -56,8 +60,11 @@ class World:
             RankError: it failed somewhere. All processes are ended; the next call starts new ones.
         """
         assert 1 <= ranks <= self.size
+        if self._done == _LIFE:
+            self.close()
         if not self._processes:
             self._start()
+        self._done += ranks > 1
         with tempfile.TemporaryDirectory() as folder:
             work = pickle.dumps((ranks, str(Path(folder) / "store"), function, args))
             for pipe in self._pipes[:ranks]:
@@ -72,7 +79,7 @@ class World:
             process.join()
         for pipe in self._pipes:
             pipe.close()
-        self._processes, self._pipes = [], []
+        self._processes, self._pipes, self._done = [], [], 0
 
     def _start(self) -> None:
         context = mp.get_context("fork")
