@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_DTYPES = {
+DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -76,14 +76,25 @@ def shares(held: Sequence[Sequence[Place]]) -> list[set[str]]:
         for place in places:
             if math.prod(place[3]):
                 holders[place].append(rank)
+    writes = share_out(holders, len(held))
+    return [{place[0] for place in mine} for mine in writes]
+
+
+def share_out(holders: Mapping[Place, Sequence[int]], ranks: int) -> list[list[Place]]:
+    """Give each part, none of them empty, to one of the ranks that hold it, evenly by bytes."""
     _check_cover(holders)
-    load = [0] * len(held)
-    writes: list[set[str]] = [set() for _ in held]
+    load = [0] * ranks
+    writes: list[list[Place]] = [[] for _ in range(ranks)]
     for place in sorted(holders, key=lambda place: (-place[4], place)):
         rank = min(holders[place], key=lambda rank: load[rank])
         load[rank] += place[4]
-        writes[rank].add(place[0])
+        writes[rank].append(place)
     return writes
+
+
+def shard_name(rank: int, ranks: int) -> str:
+    """The file of a rank."""
+    return f"shard-{rank + 1:05d}-of-{ranks:05d}.safetensors"
 
 
 def _check_cover(places: Iterable[Place]) -> None:
@@ -114,10 +125,9 @@ def write_chunks(path: Path, chunks: Sequence[Chunk]) -> dict[str, Any]:
     """
     # Wide types first, so that every tensor is aligned to its type.
     chunks = sorted(chunks, key=lambda c: (-c.tensor.element_size(), c.name))
-    head = _header(chunks)
     digest, length = hashlib.sha256(), 0
     with path.open("wb") as file:
-        start = memoryview(len(head).to_bytes(8, "little") + head)
+        start = memoryview(file_head(chunks))
         for data in chain([start], (_bytes(chunk.tensor) for chunk in chunks)):
             for at in range(0, len(data), _PIECE_BYTES):
                 piece = data[at : at + _PIECE_BYTES]
@@ -130,8 +140,11 @@ def write_chunks(path: Path, chunks: Sequence[Chunk]) -> dict[str, Any]:
     return {"bytes": length, "sha256": digest.hexdigest()}
 
 
-def _header(chunks: Sequence[Chunk]) -> bytes:
-    """The JSON that a safetensors file begins with, padded to a multiple of 8 bytes."""
+def file_head(chunks: Sequence[Chunk]) -> bytes:
+    """What a safetensors file of the chunks, in this order, begins with; their values follow.
+
+    It is JSON, padded to a multiple of 8 bytes, after its length.
+    """
     places = {chunk.name: {"saved_offsets": chunk.offsets} for chunk in chunks}
     head: dict[str, Any] = {
         "__metadata__": {
@@ -144,13 +157,14 @@ def _header(chunks: Sequence[Chunk]) -> bytes:
     for chunk in chunks:
         end = start + chunk.tensor.nbytes
         head[chunk.name] = {
-            "dtype": _DTYPES[chunk.tensor.dtype],
+            "dtype": DTYPES[chunk.tensor.dtype],
             "shape": list(chunk.tensor.shape),
             "data_offsets": [start, end],
         }
         start = end
     text = json.dumps(head, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _bytes(tensor: Tensor) -> memoryview:
