@@ -30,8 +30,8 @@ class Journal:
         self.written: dict[str, dict[str, Any]] = {}
         self.checked: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        entries = [entry for line in lines if (entry := _parsed(line))]
+        lines = _lines(path)
+        entries = [json.loads(line) for line in lines if line.endswith(b"\n")]
         if entries and entries[0] != {"of": identity}:
             raise UserError(
                 f"{path.parent} is what is left of another resharding, of another checkpoint, to "
@@ -64,9 +64,12 @@ class Journal:
             os.fsync(file.fileno())
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """The entry of a line; None if it was cut."""
-    if not line.endswith(b"\n"):
-        return None
-    entry: dict[str, Any] = json.loads(line)
-    return entry
+def finished_files(path: Path) -> set[str]:
+    """Names of the files that a journal says are on disk."""
+    entries = (json.loads(line) for line in _lines(path) if line.endswith(b"\n"))
+    return {entry["written"] for entry in entries if "written" in entry}
+
+
+def _lines(path: Path) -> list[bytes]:
+    """A last line that was cut ends without a line feed."""
+    return path.read_bytes().splitlines(keepends=True) if path.exists() else []

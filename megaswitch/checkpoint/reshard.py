@@ -31,7 +31,7 @@ import torch
 from megaswitch.checkpoint.chunks import Chunk, DTYPES, file_head, shard_name
 from megaswitch.checkpoint.fingerprint import fingerprint
 from megaswitch.checkpoint.integrity import damaged_checkpoint
-from megaswitch.checkpoint.journal import Journal
+from megaswitch.checkpoint.journal import Journal, finished_files
 from megaswitch.checkpoint.manager import FORMAT, read_state
 from megaswitch.checkpoint.placement import Piece
 from megaswitch.checkpoint.regions import Region, regions
@@ -114,17 +114,27 @@ def reshard(
             job.run([_Worker(size) for _ in range(threads)])
             job.complete(target)
     except OSError as error:
-        # What was being written is of no use; finished files are.
-        for path in aside.glob("*.safetensors"):
-            if path.name not in job.journal.written:
-                path.unlink()
+        kept = _drop_unfinished(aside)
+        how = f", which goes on from what is in {aside}" if kept else ""
         raise UserError(
             f"{target} could not be written: {error.strerror or error}. The source is intact; free "
-            f"space and give the same command again, which goes on from {aside}, or remove that"
+            f"space or choose another destination, and give the same command again{how}"
         ) from error
     except _Damage as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise damaged_checkpoint(work.source, [str(error)]) from error
+
+
+def _drop_unfinished(aside: Path) -> bool:
+    """Remove files that are of no use; whether finished ones are left."""
+    finished = finished_files(aside / "journal.jsonl")
+    if not finished:
+        shutil.rmtree(aside, ignore_errors=True)
+        return False
+    for path in aside.glob("*.safetensors"):
+        if path.name not in finished:
+            path.unlink(missing_ok=True)
+    return True
 
 
 class _Damage(Exception):

@@ -22,6 +22,7 @@ _NAMES = {
 _SERVES = {
     "--verify": ("checkpoint", "run", "data"),
     "--stats": ("checkpoint",),
+    "--diff": ("checkpoint",),
     "--tokenizer": ("data",),
     "--plot": ("run",),
 }
@@ -39,11 +40,18 @@ _OTHER = {
 @click.argument("path", type=PATH)
 @click.option("--verify", is_flag=True, help="Compare files with their SHA-256 sums.")
 @click.option("--stats", is_flag=True, help="Checkpoint: read all tensors; NaNs, dead experts.")
+@click.option("--diff", type=PATH, help="Checkpoint: compare it with this one, of any layout.")
 @click.option("--tokenizer", type=PATH, help="Data: decode the first documents with this model.")
 @click.option("--plot", type=PATH, help="Run: draw its curves to this picture, such as loss.png.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable report.")
 def inspect_command(
-    path: Path, verify: bool, stats: bool, tokenizer: Path | None, plot: Path | None, as_json: bool
+    path: Path,
+    verify: bool,
+    stats: bool,
+    diff: Path | None,
+    tokenizer: Path | None,
+    plot: Path | None,
+    as_json: bool,
 ) -> None:
     """Say what a checkpoint, a run, token files or a tokenizer hold.
 
@@ -55,17 +63,26 @@ def inspect_command(
     Examples:
       megaswitch inspect runs/demo --plot loss.png
       megaswitch inspect runs/demo/checkpoints/step_00002000 --stats --verify
+      megaswitch inspect runs/demo/checkpoints/step_00002000 --diff runs/other
       megaswitch inspect data/corpus_train --tokenizer spm.model
     """
     path, kind = find_kind(path)
-    given = {"--verify": verify, "--stats": stats, "--tokenizer": tokenizer, "--plot": plot}
+    given = {"--verify": verify, "--stats": stats, "--diff": diff, "--tokenizer": tokenizer}
+    given["--plot"] = plot
     for option, value in given.items():
         if value and kind not in _SERVES[option]:
             wanted = " or ".join(_NAMES[k] for k in _SERVES[option])
             raise UserError(f"{path} is {_NAMES[kind]}, and {option} is for {wanted}; leave it out")
     from megaswitch.cli.show import print_json
 
-    report, show = _read(path, kind, verify=verify, stats=stats, tokenizer=tokenizer, plot=plot)
+    if diff:
+        if verify or stats:
+            raise UserError("--diff reads two checkpoints; use --verify and --stats on one of them")
+        from megaswitch.cli.inspect_diff import diff_report, print_diff
+
+        report, show = diff_report(path, diff), print_diff
+    else:
+        report, show = _read(path, kind, verify=verify, stats=stats, tokenizer=tokenizer, plot=plot)
     if as_json:
         print_json(report)
     else:

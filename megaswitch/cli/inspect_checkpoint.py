@@ -44,6 +44,7 @@ def checkpoint_report(path: Path, *, check_sums: bool, with_stats: bool) -> dict
     if check_sums:
         verify(path)
     config = read_config(path)
+    layout = changes(config, "parallel.")
     tensors = read_headers([path / n for n in sorted(state["files"]) if n.endswith(".safetensors")])
     model = meta_model(config.model)
     _check_model(path, model, tensors)
@@ -53,6 +54,7 @@ def checkpoint_report(path: Path, *, check_sums: bool, with_stats: bool) -> dict
         "path": str(path),
         "format": FORMAT,
         **state["state"],
+        "layout": {c["key"].removeprefix("parallel."): c["value"] for c in layout},
         "model": {
             "preset": config.model.preset,
             "changes": changes(config, "model."),
@@ -91,7 +93,14 @@ def _check_model(path: Path, model: SwitchTransformer, tensors: dict[str, Stored
 def _parameters(model: SwitchTransformer, tensors: dict[str, StoredTensor]) -> list[dict[str, Any]]:
     stored = ((name, tensors[f"{MODEL}{name}"]) for name, _ in model.named_parameters())
     return [
-        {"name": name, "shape": list(t.shape), "dtype": t.dtype, "count": t.count, "bytes": t.bytes}
+        {
+            "name": name,
+            "shape": list(t.shape),
+            "dtype": t.dtype,
+            "count": t.count,
+            "bytes": t.bytes,
+            "parts": [len({part.offsets[d] for part in t.parts}) for d in range(len(t.shape))],
+        }
         for name, t in stored
     ]
 
@@ -149,6 +158,8 @@ def print_checkpoint(report: dict[str, Any]) -> None:
             ("model", f"{model['preset'] or 'no preset'}, {_experts(model)}"),
             *((f"  {c['key']}", f"{c['value']!r} (preset: {c['usual']!r})")
               for c in model["changes"]),
+            ("layout", ", ".join(f"{k} {v}" for k, v in report["layout"].items()) or "one rank, or "
+                                                                              "data-parallel"),
             ("parameters", f"{model['total_parameters']:,}, "
                            f"{model['active_parameters']:,} active for a token"),
             ("optimizer", f"{optimizer['name']}, {size(optimizer['bytes'])} of state ("
@@ -190,14 +201,16 @@ def _print_parameters(report: dict[str, Any]) -> None:
     }
     stats = report.get("stats", {}).get("parameters")
     titles = ("min", "max", "mean", "rms", "NaN/Inf") if stats else ()
-    table = Table("parameter", "shape", "type", "each", "all", "size", *titles, box=None)
+    parts = {p["name"]: p["parts"] for p in report["parameters"]}
+    table = Table("parameter", "shape", "in parts", "type", "each", "all", "size", *titles, box=None)
     for line in parameter_tree(tensors):
         first, total = line.tensors[0], sum(t.count for t in line.tensors)
-        cells = ["", "", ""]
+        cells = ["", "", "", ""]
         if line.leaf:
             several = f"{first.count:,} × {len(line.tensors)}"
             cells = [
                 "×".join(map(str, first.shape)),
+                "×".join(map(str, parts[first.name])) if max(parts[first.name], default=1) > 1 else "–",
                 first.dtype,
                 several if len(line.tensors) > 1 else "",
             ]

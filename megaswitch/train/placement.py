@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from megaswitch.checkpoint.contents import KEYS
 from megaswitch.checkpoint.placement import Held, Region
@@ -67,7 +68,10 @@ def placements(config: RunConfig, ranks: int) -> dict[str, Held]:
 
 @contextmanager
 def pretended_mesh(config: RunConfig, rank: int, ranks: int) -> Iterator[Mesh]:
-    """The mesh as `rank` of a group would see it whose other ranks do not exist."""
+    """The mesh as `rank` of a group would see it whose other ranks do not exist.
+
+    Not in a process that is in a group already.
+    """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
@@ -76,6 +80,9 @@ def pretended_mesh(config: RunConfig, rank: int, ranks: int) -> Iterator[Mesh]:
         yield replace(mesh, device=_META)
     finally:
         dist.destroy_process_group()
+        # torch remembers what operations made of which mesh, and takes equal meshes for one, though
+        # another rank looks at it: parameters would think that they lie elsewhere.
+        _clear_sharding_prop_cache()
 
 
 def fresh_states(config: RunConfig) -> dict[str, list[str]]:
