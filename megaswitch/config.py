@@ -106,9 +106,7 @@ def from_toml(text: str) -> RunConfig:
     return config
 
 
-def relaid(
-    config: RunConfig, overrides: Sequence[str], ranks: int | None
-) -> tuple[RunConfig, int]:
+def relaid(config: RunConfig, overrides: Sequence[str], ranks: int | None) -> tuple[RunConfig, int]:
     """The configuration of the same run in another layout.
 
     Args:

@@ -98,7 +98,9 @@ def _compare(
         return TensorDiff(name, "shape", shapes, dtypes)
     for dtype in (here.dtype, there.dtype):
         if dtype not in _TYPES:
-            raise UserError(f"{name} is of type {dtype}, which cannot be compared; leave --diff out")
+            raise UserError(
+                f"{name} is of type {dtype}, which cannot be compared; leave --diff out"
+            )
     diff = TensorDiff(name, "equal" if here.dtype == there.dtype else "dtype", shapes, dtypes)
     item = max(ITEM_BYTES[here.dtype], ITEM_BYTES[there.dtype])
     for index in windows(here.shape, item, _WINDOW_BYTES):

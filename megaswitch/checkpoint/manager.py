@@ -372,4 +372,5 @@ def load_model_tensors(
 
 
 def tensor_files(path: Path) -> list[Path]:
+    """The files of a checkpoint that hold tensors."""
     return sorted(path.glob("*.safetensors"))

@@ -47,9 +47,14 @@ class Piece:
     dtype: str
 
     @property
+    def count(self) -> int:
+        """Elements."""
+        return math.prod(self.sizes)
+
+    @property
     def bytes(self) -> int:
         """On disk."""
-        return math.prod(self.sizes) * ITEM_BYTES[self.dtype]
+        return self.count * ITEM_BYTES[self.dtype]
 
     @property
     def order(self) -> tuple[int, str]:

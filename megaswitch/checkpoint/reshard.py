@@ -1,4 +1,4 @@
-"""Rewriting a checkpoint, so that each rank of another layout finds what it reads in a file of its own.
+"""Rewriting a checkpoint, so that each rank of another layout reads a file of its own.
 
 Any layout reads any checkpoint; what changes is that a rank then opens one file and reads it from
 start to end. Tensors stream through windows of bounded memory: files of tensor-parallel neighbours,
@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from megaswitch.checkpoint.chunks import Chunk, DTYPES, file_head, shard_name
+from megaswitch.checkpoint.chunks import DTYPES, Chunk, file_head, shard_name
 from megaswitch.checkpoint.fingerprint import fingerprint
 from megaswitch.checkpoint.integrity import damaged_checkpoint
 from megaswitch.checkpoint.journal import Journal, finished_files
@@ -105,7 +105,8 @@ def reshard(
     aside = target.with_name(target.name + UNFINISHED)
     if aside.is_symlink() or (aside.exists() and not (aside / "journal.jsonl").exists()):
         raise UserError(f"{aside}, where the result would be prepared, is in use; remove it first")
-    threads = max(1, min(os.cpu_count() or 1, -(-len(work.files) // work.together)))
+    # One more than cores: some always wait for the disk.
+    threads = min(len(os.sched_getaffinity(0)) + 1, max(2, -(-len(work.files) // work.together)))
     size = buffer_size(max_memory, threads)
     try:
         with lock(aside, "resharding", "destination"):
@@ -254,10 +255,10 @@ class _Job:
             if self.work.files[rank] and name not in self.journal.written
         ]
         writers: dict[int, Writer] = {}
-        with ThreadPoolExecutor(1) as flusher, ThreadPoolExecutor(1) as ahead:
+        with ThreadPoolExecutor(1) as ahead:
             try:
                 for rank in open_ranks:
-                    writers[rank] = Writer(self.aside / names[rank], flusher)
+                    writers[rank] = Writer(self.aside / names[rank])
                     writers[rank].write(_head(self.work.files[rank]))
                 for bits, region in self._read(open_ranks, worker, ahead):
                     if self._stop.is_set():
@@ -360,7 +361,6 @@ class _Job:
         wrong += [n for n in source if n in recorded and recorded[n] != f"{source[n]:016x}"]
         if wrong:
             raise _Damage(f"{wrong[0]} was not the same when it was read twice")
-
 
 
 def _totals(entries: Iterable[Mapping[str, Any]]) -> dict[str, int]:

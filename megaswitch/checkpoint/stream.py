@@ -11,7 +11,6 @@ import math
 import os
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ Bits = NDArray[Any]
 
 _OPEN = 64  # files that a reader keeps open
 _RUN_BYTES = 64 << 10  # shorter runs of bytes are read along with what lies between them
-_FLUSH_BYTES = 64 << 20  # written between two requests that the disk take it
+_FLUSH_BYTES = 16 << 20  # written between two requests that the disk take it
 
 
 class Buffer:
@@ -68,9 +67,7 @@ class Reader:
                 continue
             index = tuple(slice(a - o, b - o) for (a, b), o in zip(overlap, offsets, strict=True))
             inner = part.inner or (0,) * out.ndim
-            start = [
-                a - o + i for (a, _), o, i in zip(overlap, part.offsets, inner, strict=True)
-            ]
+            start = [a - o + i for (a, _), o, i in zip(overlap, part.offsets, inner, strict=True)]
             target = out[index] if index else out
             self._block(part.file, part.at, part.stored or part.shape, start, target)
             filled += target.size
@@ -90,7 +87,9 @@ class Reader:
         strides = [math.prod(shape[dim + 1 :]) * item for dim in range(len(shape))]
         for index in np.ndindex(*sizes[:run]):
             first = at + sum((s + i) * n for s, i, n in zip(start, index, strides, strict=False))
-            self._rows(path, first, strides[run:], shape[run:], start[run:], out[index] if index else out)
+            self._rows(
+                path, first, strides[run:], shape[run:], start[run:], out[index] if index else out
+            )
 
     def _rows(
         self,
@@ -109,7 +108,9 @@ class Reader:
         rows = self._scratch.size // strides[0]
         if not rows:
             for row in range(len(out)):
-                self._block(path, at + (start[0] + row) * strides[0], shape[1:], start[1:], out[row])
+                self._block(
+                    path, at + (start[0] + row) * strides[0], shape[1:], start[1:], out[row]
+                )
             return
         index = tuple(slice(s, s + n) for s, n in zip(start[1:], out.shape[1:], strict=True))
         for row in range(0, len(out), rows):
@@ -192,20 +193,17 @@ def window_region(
 
 
 class Writer:
-    """Writes a file from start to end, sums it, and keeps the disk busy meanwhile.
+    """Writes a file from start to end and sums it.
 
     Args:
         path: of the file; what was there is lost.
-        flusher: waits for the disk, so that the writing thread need not.
     """
 
-    def __init__(self, path: Path, flusher: ThreadPoolExecutor) -> None:
+    def __init__(self, path: Path) -> None:
         self.path, self.bytes = path, 0
         self.sums: dict[str, int] = defaultdict(int)
         self._digest = hashlib.sha256()
-        self._flusher = flusher
-        self._flushes: list[Future[None]] = []
-        self._unflushed = 0
+        self._begun = 0  # bytes that the disk was asked to take
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
         self._file = os.open(path, flags, 0o666)
 
@@ -217,23 +215,17 @@ class Writer:
             done = os.write(self._file, view)
             view = view[done:]
             self.bytes += done
-            self._unflushed += done
-        if self._unflushed >= _FLUSH_BYTES:
-            self._unflushed = 0
-            for flush in self._flushes:  # no more than the disk can take
-                flush.result()
-            self._flushes = [self._flusher.submit(os.fdatasync, self._file)]
+        if self.bytes - self._begun >= _FLUSH_BYTES:
+            # Linux starts to write such pages to disk, without waiting, so that the end need not.
+            os.posix_fadvise(self._file, self._begun, 0, os.POSIX_FADV_DONTNEED)
+            self._begun = self.bytes
 
     def finish(self) -> dict[str, Any]:
         """Wait until the file is on disk; its size, its SHA-256 and its fingerprints."""
-        for flush in self._flushes:
-            flush.result()
         os.fsync(self._file)
         sums = {name: value % (1 << 64) for name, value in self.sums.items()}
         return {"bytes": self.bytes, "sha256": self._digest.hexdigest(), "tensors": sums}
 
     def close(self) -> None:
         """Let go of the file."""
-        for flush in self._flushes:
-            flush.exception()
         os.close(self._file)

@@ -229,8 +229,8 @@ def read_chunks(path: Path, stored: Mapping[str, StoredTensor], chunks: Sequence
             )
         if tensor.dtype not in DTYPES.values():
             raise UserError(
-                f"checkpoint {path} has {chunk.name} as {tensor.dtype}, and parameters and optimizer "
-                f"states are one of {', '.join(DTYPES.values())}; it is damaged: use another one"
+                f"checkpoint {path} has {chunk.name} as {tensor.dtype}, and its tensors are "
+                f"one of {', '.join(DTYPES.values())}; it is damaged: use another one"
             )
         for part in tensor.parts:
             if common(part.offsets, part.shape, chunk.offsets, chunk.tensor.shape) is not None:

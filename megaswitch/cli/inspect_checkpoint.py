@@ -202,7 +202,9 @@ def _print_parameters(report: dict[str, Any]) -> None:
     stats = report.get("stats", {}).get("parameters")
     titles = ("min", "max", "mean", "rms", "NaN/Inf") if stats else ()
     parts = {p["name"]: p["parts"] for p in report["parameters"]}
-    table = Table("parameter", "shape", "in parts", "type", "each", "all", "size", *titles, box=None)
+    table = Table(
+        "parameter", "shape", "in parts", "type", "each", "all", "size", *titles, box=None
+    )
     for line in parameter_tree(tensors):
         first, total = line.tensors[0], sum(t.count for t in line.tensors)
         cells = ["", "", "", ""]
@@ -210,7 +212,9 @@ def _print_parameters(report: dict[str, Any]) -> None:
             several = f"{first.count:,} × {len(line.tensors)}"
             cells = [
                 "×".join(map(str, first.shape)),
-                "×".join(map(str, parts[first.name])) if max(parts[first.name], default=1) > 1 else "–",
+                "×".join(map(str, parts[first.name]))
+                if max(parts[first.name], default=1) > 1
+                else "–",
                 first.dtype,
                 several if len(line.tensors) > 1 else "",
             ]

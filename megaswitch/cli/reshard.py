@@ -21,10 +21,9 @@ if TYPE_CHECKING:
     from megaswitch.checkpoint.reshard import Work
     from megaswitch.train.relayout import Changes
 
-_UNITS = {"": 1, **{f"{p}B": 1000**n for n, p in enumerate(("", "k", "M", "G", "T"))}}
-_UNITS |= {f"{p}iB": 1024**n for n, p in enumerate(("Ki", "Mi", "Gi", "Ti"), 1)} | {
-    f"{p}iB": 1024**n for n, p in enumerate("KMGT", 1)
-}
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{prefix}B": 1000**n for n, prefix in enumerate("kMGT", 1)}
+_UNITS |= {f"{prefix}iB": 1024**n for n, prefix in enumerate("KMGT", 1)}
 _PROBE_BYTES = 64 << 20  # written to measure the disk
 
 
@@ -33,9 +32,7 @@ class _Bytes(click.ParamType):
 
     name = "size"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Bytes."""
         if isinstance(value, int):
             return value
@@ -135,9 +132,7 @@ def reshard(
         _do(work, destination, max_memory, changes, as_json)
 
 
-def _do(
-    work: Work, destination: Path, max_memory: int, changes: Changes, as_json: bool
-) -> None:
+def _do(work: Work, destination: Path, max_memory: int, changes: Changes, as_json: bool) -> None:
     from megaswitch.checkpoint.reshard import reshard as run
     from megaswitch.cli.show import print_json, size
 
@@ -178,17 +173,22 @@ def _show_plan(
     from rich.table import Table
 
     from megaswitch.checkpoint.chunks import shard_name
+    from megaswitch.checkpoint.contents import MODEL
     from megaswitch.cli.show import print_fields, print_json, print_table, size
 
     measured = bandwidth or _disk_bandwidth(destination)
     rows = [
-        {"file": shard_name(rank, len(files)), "tensors": len(file), "bytes": sum(p.bytes for p in file)}
+        {
+            "file": shard_name(rank, len(files)),
+            "tensors": len(file),
+            "bytes": sum(piece.bytes for piece in file),
+        }
         for rank, file in enumerate(files)
-    ]  # fmt: skip
+    ]
     total = sum(row["bytes"] for row in rows)
     # Every byte is read to be checked, read again to be placed, and written.
     seconds = 3 * total / measured
-    numbers = sum(p.bytes and _count(p) for file in files for p in file if p.name.startswith("model."))
+    numbers = sum(p.count for file in files for p in file if p.name.startswith(MODEL))
     report = {
         "files": rows, "bytes": total, "parameters": numbers,
         "disk_bandwidth": measured, "seconds": seconds,
@@ -210,12 +210,6 @@ def _show_plan(
             ("expected time", f"{_duration(seconds)}: all is read twice and written once"),
         ],
     )
-
-
-def _count(piece: Piece) -> int:
-    import math
-
-    return math.prod(piece.sizes)
 
 
 def _duration(seconds: float) -> str:

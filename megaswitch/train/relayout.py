@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +40,7 @@ class Changes:
 
     optimizer: bool = True
     kind: Kind | None = None
-    subset: Subset = Subset()
+    subset: Subset = field(default_factory=Subset)
 
 
 def plan_work(

@@ -1,4 +1,4 @@
-"""Resharding beside real ranks: they hold what was foretold, and train on as if nothing happened."""
+"""Resharding beside real ranks: they hold what was foretold, and training goes on."""
 
 import math
 from pathlib import Path

@@ -2,8 +2,6 @@
 
 import json
 import random
-import signal
-import time
 import shutil
 from pathlib import Path
 
@@ -14,7 +12,6 @@ from safetensors import safe_open
 from megaswitch.checkpoint import reshard as module
 from megaswitch.checkpoint.fingerprint import fingerprint
 from megaswitch.checkpoint.manager import (
-    checkpoints,
     find_checkpoint,
     read_config,
     read_state,
@@ -27,7 +24,7 @@ from megaswitch.config import load_config
 from megaswitch.log import UserError
 from megaswitch.parallel.mesh import Mesh
 from megaswitch.train.trainer import Trainer
-from tests.unit.cli.commands import megaswitch, refusal, run, start
+from tests.unit.cli.commands import refusal, run
 
 # Ranks and keys of `parallel`: every axis, ties, uneven vocabulary, ZeRO over tp and experts.
 LAYOUTS = [
