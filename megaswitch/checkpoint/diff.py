@@ -90,8 +90,8 @@ def _compare(
     reader: Reader,
     buffers: tuple[Buffer, Buffer],
 ) -> TensorDiff:
-    shapes = here and here.shape, there and there.shape
-    dtypes = here and here.dtype, there and there.dtype
+    shapes = here.shape if here else None, there.shape if there else None
+    dtypes = here.dtype if here else None, there.dtype if there else None
     if here is None or there is None:
         return TensorDiff(name, "extra" if here is None else "missing", shapes, dtypes)
     if here.shape != there.shape:

@@ -42,11 +42,11 @@ def fingerprint(bits: NDArray[Any], offsets: Sequence[int], shape: Sequence[int]
     columns = np.zeros(width, dtype=np.uint64)
     total = 0
     flat = bits.reshape(-1, bits.shape[-1])
-    step = max(1, _BLOCK_BYTES // (width * 8))
-    for start in range(0, len(flat), step):
-        block = _words(flat[start : start + step], offsets[-1])
+    run = max(1, _BLOCK_BYTES // (width * 8))
+    for start in range(0, len(flat), run):
+        block = _words(flat[start : start + run], offsets[-1])
         sums = block.sum(1, dtype=np.uint64)
-        total += int((sums * by_row[start : start + step]).sum(dtype=np.uint64))
+        total += int((sums * by_row[start : start + run]).sum(dtype=np.uint64))
         columns += block.sum(0, dtype=np.uint64)
     places = np.arange(width, dtype=np.uint64) + np.uint64(offsets[-1] // words)
     total += int((columns * _spread(places ^ _COLUMNS)).sum(dtype=np.uint64))

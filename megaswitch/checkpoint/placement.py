@@ -98,6 +98,6 @@ def place_pieces(
                 holders[stored, shape, offsets, sizes, size] += members
     files = []
     for places in share_out(holders, ranks):
-        pieces = (Piece(n, *where, dtypes[n]) for n, *where, _ in places)
+        pieces = (Piece(*place[:4], dtypes[place[0]]) for place in places)
         files.append(sorted(pieces, key=lambda piece: piece.order))
     return files

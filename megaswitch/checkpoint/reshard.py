@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -42,7 +43,7 @@ from megaswitch.log import UserError
 
 UNFINISHED = ".resharding"
 _TYPES = {word: dtype for dtype, word in DTYPES.items()}
-_LEAST = 1 << 20  # bytes of a buffer, below which reads get slow
+_LEAST = 4 << 20  # bytes of a buffer, below which reads get slow
 _MOST = 32 << 20  # beyond which they get no faster
 _SLACK = 64 << 20  # stacks of threads, the journal, what the allocator keeps
 _BUFFERS = 5  # of each thread
@@ -105,9 +106,9 @@ def reshard(
     aside = target.with_name(target.name + UNFINISHED)
     if aside.is_symlink() or (aside.exists() and not (aside / "journal.jsonl").exists()):
         raise UserError(f"{aside}, where the result would be prepared, is in use; remove it first")
-    # One more than cores: some always wait for the disk.
-    threads = min(len(os.sched_getaffinity(0)) + 1, max(2, -(-len(work.files) // work.together)))
-    size = buffer_size(max_memory, threads)
+    # Twice as many as cores: some always wait for the disk.
+    groups = -(-len(work.files) // work.together)
+    threads, size = share_memory(max_memory, min(2 * len(os.sched_getaffinity(0)), groups + 1))
     try:
         with lock(aside, "resharding", "destination"):
             job = _Job(work, aside, Journal(aside / "journal.jsonl", work.identity), progress)
@@ -142,22 +143,29 @@ class _Damage(Exception):
     """The source is not what it claims to be."""
 
 
-def buffer_size(max_memory: int, threads: int) -> int:
-    """Bytes of each of a thread's buffers, such that the process stays within `max_memory`.
+def share_memory(max_memory: int, threads: int) -> tuple[int, int]:
+    """How many threads, and with which buffers, keep the process within `max_memory` bytes.
+
+    Args:
+        max_memory: bytes.
+        threads: at most so many.
+
+    Returns:
+        threads, and the size of each of their buffers.
 
     Raises:
-        UserError: it cannot.
+        UserError: not even one does.
     """
-    page = resource.getpagesize()
-    held = int(Path("/proc/self/statm").read_text().split()[1]) * page
-    each = (max_memory - held - _SLACK) // (threads * _BUFFERS)
-    if each < _LEAST:
-        least = held + _SLACK + _LEAST * threads * _BUFFERS
+    held = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    free = max_memory - held - _SLACK
+    if free < _LEAST * _BUFFERS:
+        least = held + _SLACK + _LEAST * _BUFFERS
         raise UserError(
-            f"{max_memory >> 20} MiB do not suffice for {threads} threads; give at least "
-            f"--max-memory {(least >> 20) + 1}MiB"
+            f"--max-memory {max_memory >> 20}MiB does not suffice, as the program itself takes "
+            f"{held >> 20} MiB; give at least {(least >> 20) + 1}MiB"
         )
-    return min(each, _MOST) // 64 * 64
+    threads = max(1, min(threads, free // (_LEAST * _BUFFERS)))
+    return threads, min(free // (threads * _BUFFERS), _MOST) // 64 * 64
 
 
 class _Worker:
@@ -202,10 +210,10 @@ class _Job:
         step = self.work.together
         count = len(self.work.files)
         groups = [range(i, min(i + step, count)) for i in range(0, count, step)]
-        tasks: list[Callable[[_Worker], None]] = [
-            partial(self._check, path, parts[path]) for path in sorted(used)
-        ]
-        tasks += [partial(self._write, group) for group in groups]
+        checks = [partial(self._check, path, parts[path]) for path in sorted(used)]
+        writes = [partial(self._write, group) for group in groups]
+        # By turns: the one reads, the other writes.
+        tasks = [task for pair in zip_longest(checks, writes) for task in pair if task]
         for worker in workers:
             self._workers.put(worker)
         with ThreadPoolExecutor(len(workers), "reshard") as pool:
@@ -312,7 +320,7 @@ class _Job:
                 values = _cast(values, stored, piece.dtype, worker.cast)
             offsets = [start for start, _ in overlap]
             writers[rank].sums[piece.name] += fingerprint(values, offsets, piece.shape)
-            writers[rank].write(memoryview(values.reshape(-1).view("u1")))
+            writers[rank].write(values.reshape(-1).view("u1").data)
             self.progress(values.nbytes)
 
     def complete(self, target: Path) -> None:

@@ -125,7 +125,7 @@ class Reader:
         Raises:
             UserError: the file ends before.
         """
-        view = memoryview(out.reshape(-1).view(np.uint8))
+        view = out.reshape(-1).view(np.uint8).data
         done = 0
         while done < len(view):
             got = os.preadv(self._descriptor(path), [view[done:]], at + done)
@@ -167,7 +167,7 @@ def read_sums(
     for at in range(0, end, buffer.size):
         head = buffer.array((min(buffer.size, end - at),), 1)
         reader.read(path, at, head)
-        digest.update(head)
+        digest.update(head.data)
     for part, tensor in parts:
         item = ITEM_BYTES[tensor.dtype]
         at = part.at
@@ -176,7 +176,7 @@ def read_sums(
             values = buffer.array(sizes, item)
             reader.read(path, at, values)
             at += values.nbytes
-            digest.update(memoryview(values.reshape(-1).view(np.uint8)))
+            digest.update(values.reshape(-1).view(np.uint8).data)
             offsets = [o + s for o, s in zip(part.offsets, start, strict=True)]
             sums[tensor.name] += fingerprint(values, offsets, tensor.shape)
     return digest.hexdigest(), dict(sums)

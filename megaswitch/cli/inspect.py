@@ -80,7 +80,8 @@ def inspect_command(
             raise UserError("--diff reads two checkpoints; use --verify and --stats on one of them")
         from megaswitch.cli.inspect_diff import diff_report, print_diff
 
-        report, show = diff_report(path, diff), print_diff
+        report: dict[str, Any] = diff_report(path, diff)
+        show: Callable[[dict[str, Any]], None] = print_diff
     else:
         report, show = _read(path, kind, verify=verify, stats=stats, tokenizer=tokenizer, plot=plot)
     if as_json:

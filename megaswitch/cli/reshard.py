@@ -125,7 +125,7 @@ def reshard(
         files, _ = plan_fresh(fresh, overrides, ranks, changes)
     else:
         work, _ = plan_work(checkpoint, overrides, ranks, changes)
-        files = list(work.files)
+        files = [list(file) for file in work.files]
     if dry_run:
         _show_plan(files, destination, disk_bandwidth, as_json)
     else:
@@ -177,7 +177,7 @@ def _show_plan(
     from megaswitch.cli.show import print_fields, print_json, print_table, size
 
     measured = bandwidth or _disk_bandwidth(destination)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "file": shard_name(rank, len(files)),
             "tensors": len(file),

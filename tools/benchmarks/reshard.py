@@ -57,8 +57,10 @@ def make_checkpoint(path: Path, preset: str, *, sparse: bool) -> int:
                 file.truncate(file.tell() + left)
             for size in [] if sparse else [64 << 20] * (left >> 26) + [left % (64 << 20)]:
                 bits = generator.integers(0, 1 << 32, size // 4, dtype=np.uint32)
-                file.write(bits & 0xBFFFFFFF)  # all of them finite
-    listed = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in path.iterdir()}
+                file.write((bits & np.uint32(0xBFFFFFFF)).data)  # all of them finite
+    listed: dict[str, dict[str, Any]] = {
+        p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in path.iterdir()
+    }
     state = {"step": 1, "samples": 1, "fingerprint": "0", "mixture": []}
     content = {"format": 1, "state": state, "files": listed}
     (path / "state.json").write_text(json.dumps(content))
@@ -106,7 +108,7 @@ def hashes(path: Path) -> dict[str, str]:
                     slice(o, o + n) for o, n in zip(part.offsets, part.shape, strict=True)
                 )
                 whole[index] = file.get_tensor(name).view(torch.int32).numpy().view(np.uint32)
-        found[name] = hashlib.sha256(whole).hexdigest()
+        found[name] = hashlib.sha256(whole.data).hexdigest()
     return found
 
 

@@ -189,7 +189,7 @@ def test_layers_are_kept_under_new_numbers(checkpoint, tmp_path):
         (["--experts", "0-2", "--parallel.ep=2"], "must divide model.moe.num_experts=3"),
         (["--parallel.tp=3"], "must divide model.num_heads=4"),
         (["--model.d_model=4"], "is no key of a layout"),
-        (["--max-memory", "1MiB"], "do not suffice"),
+        (["--max-memory", "1MiB"], "does not suffice"),
         (["--ranks", "3", "--parallel.tp=2"], "must divide the number of ranks"),
     ],
 )
