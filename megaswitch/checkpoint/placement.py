@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from megaswitch.checkpoint.chunks import Place, share_out
+import torch
+
+from megaswitch.checkpoint.chunks import DTYPES, Chunk, Place, file_head, share_out
 from megaswitch.checkpoint.contents import MODEL, STATE, state_dims
 from megaswitch.checkpoint.tensor_files import ITEM_BYTES
 
@@ -101,3 +103,13 @@ def place_pieces(
         pieces = (Piece(*place[:4], dtypes[place[0]]) for place in places)
         files.append(sorted(pieces, key=lambda piece: piece.order))
     return files
+
+
+def head_of(pieces: Sequence[Piece]) -> bytes:
+    """What the file of these pieces begins with; their values follow in this order."""
+    types = {word: dtype for dtype, word in DTYPES.items()}
+    chunks = []
+    for piece in pieces:
+        shape_only = torch.empty(piece.sizes, dtype=types[piece.dtype], device="meta")
+        chunks.append(Chunk(piece.name, piece.shape, piece.offsets, shape_only))
+    return file_head(chunks)

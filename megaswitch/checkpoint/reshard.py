@@ -29,12 +29,12 @@ from typing import Any
 
 import torch
 
-from megaswitch.checkpoint.chunks import DTYPES, Chunk, file_head, shard_name
+from megaswitch.checkpoint.chunks import DTYPES, shard_name
 from megaswitch.checkpoint.fingerprint import fingerprint
 from megaswitch.checkpoint.integrity import damaged_checkpoint
 from megaswitch.checkpoint.journal import Journal, finished_files
 from megaswitch.checkpoint.manager import FORMAT, read_state
-from megaswitch.checkpoint.placement import Piece
+from megaswitch.checkpoint.placement import Piece, head_of
 from megaswitch.checkpoint.regions import Region, regions
 from megaswitch.checkpoint.stream import Bits, Buffer, Reader, Writer, read_sums
 from megaswitch.checkpoint.tensor_files import ITEM_BYTES, Part, StoredTensor, common
@@ -267,7 +267,7 @@ class _Job:
             try:
                 for rank in open_ranks:
                     writers[rank] = Writer(self.aside / names[rank])
-                    writers[rank].write(_head(self.work.files[rank]))
+                    writers[rank].write(head_of(self.work.files[rank]))
                 for bits, region in self._read(open_ranks, worker, ahead):
                     if self._stop.is_set():
                         return
@@ -378,21 +378,6 @@ def _totals(entries: Iterable[Mapping[str, Any]]) -> dict[str, int]:
         for name, share in entry["tensors"].items():
             sums[name] = (sums[name] + share) % (1 << 64)
     return dict(sums)
-
-
-def _head(pieces: Sequence[Piece]) -> bytes:
-    """What the file of these pieces begins with."""
-    return file_head(
-        [
-            Chunk(
-                piece.name,
-                piece.shape,
-                piece.offsets,
-                torch.empty(piece.sizes, dtype=_TYPES[piece.dtype], device="meta"),
-            )
-            for piece in pieces
-        ]
-    )
 
 
 def _cast(bits: Bits, before: str, after: str, buffer: Buffer) -> Bits:

@@ -161,6 +161,11 @@ def _kind_of_folder(path: Path) -> tuple[Path, Kind]:
             f"{path} is a checkpoint that was never finished: the run stopped while writing it. "
             "Nothing reads it and the next save removes it; inspect another checkpoint"
         )
+    if path.name.endswith(".resharding"):
+        raise UserError(
+            f"{path} is a resharding that was never finished; the same `megaswitch reshard` "
+            "command goes on with it"
+        )
     if (path / "state.json").exists():
         return path, "checkpoint"
     if (path / "checkpoints").is_dir() or (path / "metrics.jsonl").exists():

@@ -27,8 +27,9 @@ import torch
 from safetensors import safe_open
 from side_by_side import record
 
-from megaswitch.checkpoint.chunks import Chunk, file_head, shard_name
+from megaswitch.checkpoint.chunks import shard_name
 from megaswitch.checkpoint.manager import tensor_files
+from megaswitch.checkpoint.placement import head_of
 from megaswitch.checkpoint.tensor_files import read_headers
 from megaswitch.config import OptimConfig, RunConfig, model_config, to_toml
 from megaswitch.files import sha256
@@ -48,10 +49,8 @@ def make_checkpoint(path: Path, preset: str, *, sparse: bool) -> int:
     (path / "config.toml").write_text(to_toml(config))
     generator = np.random.default_rng(0)
     for rank, pieces in enumerate(files):
-        empty = [torch.empty(p.sizes, device="meta") for p in pieces]
-        chunks = [Chunk(p.name, p.shape, p.offsets, t) for p, t in zip(pieces, empty, strict=True)]
         with (path / shard_name(rank, len(files))).open("wb") as file:
-            file.write(file_head(chunks))
+            file.write(head_of(pieces))
             left = sum(p.bytes for p in pieces)
             if sparse:
                 file.truncate(file.tell() + left)
