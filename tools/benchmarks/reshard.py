@@ -82,12 +82,12 @@ def start(source: Path, target: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([*command, *TARGET, "--max-memory", MEMORY])
 
 
-def finish(process: subprocess.Popen[bytes]) -> int:
-    """Wait for a process; its peak memory in bytes."""
+def finish(process: subprocess.Popen[bytes]) -> tuple[int, float]:
+    """Wait for a process; its peak memory in bytes, and the CPU-seconds that it took."""
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0, process.returncode
-    return usage.ru_maxrss << 10
+    return usage.ru_maxrss << 10, usage.ru_utime + usage.ru_stime
 
 
 def copy(source: Path, target: Path) -> None:
@@ -111,10 +111,10 @@ def hashes(path: Path) -> dict[str, str]:
     return found
 
 
-def throughput(source: Path, size: int, rounds: int = 2) -> dict[str, Any]:
+def throughput(source: Path, size: int, rounds: int = 3) -> dict[str, Any]:
     """Seconds of both, in turn."""
     seconds: dict[str, list[float]] = {"cp": [], "reshard": []}
-    peak = 0
+    used: list[tuple[int, float]] = []
     target = source.with_name("target")
     for _ in range(rounds):
         for name, laps in seconds.items():
@@ -123,7 +123,7 @@ def throughput(source: Path, size: int, rounds: int = 2) -> dict[str, Any]:
             if name == "cp":
                 copy(source, target)
             else:
-                peak = max(peak, finish(start(source, target)))
+                used.append(finish(start(source, target)))
             laps.append(time.perf_counter() - begin)
             print(f"{name}: {laps[-1]:.1f} s, {size / laps[-1] / 1e6:.0f} MB/s", flush=True)
             if len(laps) < rounds or name == "cp":
@@ -136,7 +136,8 @@ def throughput(source: Path, size: int, rounds: int = 2) -> dict[str, Any]:
         "seconds": seconds,
         "megabytes_per_second": {name: size / s / 1e6 for name, s in medians.items()},
         "fraction_of_cp": medians["cp"] / medians["reshard"],
-        "peak_bytes": peak,
+        "peak_bytes": max(peak for peak, _ in used),
+        "cpu_seconds": statistics.median(cpu for _, cpu in used),
         "tensors_equal_by_sha256": equal,
     }
 
@@ -175,7 +176,7 @@ def memory(folder: Path) -> dict[str, Any]:
     source, target = folder / "sparse", folder / "target"
     size = make_checkpoint(source, "switch-base-32", sparse=True)
     begin = time.perf_counter()
-    peak = finish(start(source, target))
+    peak, _ = finish(start(source, target))
     seconds = time.perf_counter() - begin
     shutil.rmtree(source)
     shutil.rmtree(target)
@@ -190,7 +191,7 @@ def dry_run() -> dict[str, Any]:
     process = subprocess.Popen([*command, *layout], stdout=subprocess.PIPE)
     assert process.stdout
     report = json.loads(process.stdout.read())
-    peak = finish(process)
+    peak, _ = finish(process)
     return {
         "ranks": len(report["files"]),
         "parameters": report["parameters"],
