@@ -14,6 +14,7 @@ FLOORS = [
         "schema",
         "schema_data",
         "schema_keys",
+        "schema_moe",
         "rules",
         "rules_parallel",
         "config",
