@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megaswitch.layers.attention import KeyValues, padding_bias
 from megaswitch.layers.vocab import join_logits
+from megaswitch.log import UserError
 from megaswitch.model.switch_transformer import RouterLosses, SwitchTransformer
 
 
@@ -61,7 +62,17 @@ class Source:
 
 
 def encode(model: SwitchTransformer, tokens: Tensor, mask: Tensor | None) -> Source:
-    """Run the encoder over `tokens` [B, Le] int64; `mask` [B, Le] bool is True on real tokens."""
+    """Run the encoder over `tokens` [B, Le] int64; `mask` [B, Le] bool is True on real tokens.
+
+    Raises:
+        UserError: the decoder cannot decode token by token.
+    """
+    if model.config.moe.router == "expert-choice" and model.config.moe.decoder_sparse_step:
+        raise UserError(
+            "model.moe.router='expert-choice' lets the decoder's experts choose among all tokens of "
+            "a text, those not yet written too, so it cannot generate; train with "
+            "model.moe.decoder_sparse_step=0, or another router"
+        )
     # Dropless, so that a text depends on its own prompt alone; HF's capacity is per row anyway, and
     # experts that choose have no other.
     moe = model.config.moe

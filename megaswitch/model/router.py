@@ -144,13 +144,16 @@ class Router(nn.Module):
         config = self.config
         if draws is not None and draws.noise is not None:
             if config.exploration == "jitter" and config.jitter:
-                uniform = draws.uniform("", x.shape[-1], x.device)
-                factors = 1.0 + config.jitter * (2.0 * uniform.view(x.shape) - 1.0)
-                x = x * factors.to(x.dtype)
+                x = x * self._jitter_factors(x, draws).to(x.dtype)
             elif config.exploration == "input-dropout":
                 uniform = draws.uniform(".input_dropout", x.shape[-1], x.device)
                 x = drop(x, uniform, config.input_dropout)
         return F.linear(x, self.weight.to(x.dtype))
+
+    def _jitter_factors(self, x: Tensor, draws: Draws) -> Tensor:
+        """U(1 - jitter, 1 + jitter), like x."""
+        uniform = draws.uniform("", x.shape[-1], x.device).view(x.shape)
+        return 1.0 + self.config.jitter * (2.0 * uniform - 1.0)
 
     def _slots(self, groups: TokenGroups) -> list[int] | None:
         """Slots per expert in each group; None without limit."""

@@ -111,12 +111,13 @@ class RouterLosses:
             entropy = torch.special.entr(routing.probabilities).sum(-1)
             gate, entropy = tp.all_tokens(routing.gate), tp.all_tokens(entropy)
             tokens = mask.numel()
-            fields = (routing.expert, gate.detach(), routing.kept)
-            expert, gate, kept = (routing.by_token(t, tokens) for t in fields)
+            expert, gate, kept = (
+                routing.by_token(t, tokens) for t in (routing.expert, gate.detach(), routing.kept)
+            )
             if routing.token is not None:
                 gate, kept = gate.masked_fill(expert < 0, 0.0), kept & (expert >= 0)
-            table = (t.unflatten(0, mask.shape) for t in (expert, gate, kept))
-            self.routing[name] = LayerRouting(*table, entropy.flatten()[:tokens].view(mask.shape))
+            fields = (expert, gate, kept, entropy.flatten()[:tokens])
+            self.routing[name] = LayerRouting(*(t.unflatten(0, mask.shape) for t in fields))
 
 
 class Stack(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor
 from megaswitch.config import RunConfig
 from megaswitch.data.span_corruption import Seq2SeqBatch
 from megaswitch.layers.noise import Noise
-from megaswitch.model.router import Routing, SwitchRouter
+from megaswitch.model.router import Router, Routing
 from megaswitch.optim.build import build_optimizer, clip_gradients
 from megaswitch.parallel.mesh import Mesh
 from megaswitch.train.objectives import BatchSize, MicroBatch
@@ -194,7 +194,7 @@ class Routings:
         self.margin = math.inf
         self.tokens: list[list[int]] = []
         for module in parts.models[0].modules():
-            if isinstance(module, SwitchRouter):
+            if isinstance(module, Router):
                 module.register_forward_hook(self._look)
 
     def _look(self, router: Any, arguments: Any, routing: Routing) -> None:

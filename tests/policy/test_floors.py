@@ -16,6 +16,7 @@ FLOORS = [
         "schema_keys",
         "schema_moe",
         "rules",
+        "rules_moe",
         "rules_parallel",
         "config",
     },
