@@ -27,22 +27,25 @@ def check_moe(config: RunConfig) -> Iterator[str]:
             "model.moe.router_precision='fp32' would be ignored because train.precision='fp32' "
             "computes everything so; use 'selective', or train.precision='bf16'"
         )
-    if moe.expert_dropout is not None and moe.parts == ("self_attention",):
-        if moe.attention == "linear":
-            yield (
-                f"model.moe.expert_dropout={moe.expert_dropout} would be ignored because "
-                "model.moe.attention='linear' with feed_forward=false leaves experts without "
-                "hidden units; remove it"
-            )
+    no_hidden_units = moe.attention == "linear" and not moe.feed_forward
+    if moe.expert_dropout is not None and no_hidden_units:
+        yield (
+            f"model.moe.expert_dropout={moe.expert_dropout} would be ignored because model.moe."
+            "attention='linear' with feed_forward=false leaves experts without hidden units; "
+            "remove it"
+        )
 
 
 def _check_router(moe: MoEConfig) -> Iterator[str]:
-    if moe.router == "ntlb" and moe.rounds > moe.num_experts:
+    if moe.router in ("ntlb", "top-2") and moe.num_experts < 2:
+        yield (
+            f"model.moe.router={moe.router!r} asks a second expert, and model.moe.num_experts="
+            f"{moe.num_experts}; use 2 or more, or router='switch'"
+        )
+    elif moe.router == "ntlb" and moe.rounds > moe.num_experts:
         yield (
             f"model.moe.rounds={moe.rounds} must not exceed model.moe.num_experts="
             f"{moe.num_experts}, as no expert is asked twice; use 2 … {moe.num_experts}"
-            if moe.num_experts > 1
-            else "model.moe.router='ntlb' needs a second expert to ask; use num_experts of 2 or more"
         )
     if moe.router == "ntlb" and moe.capacity_mode == "dropless":
         yield (
@@ -60,8 +63,6 @@ def _check_router(moe: MoEConfig) -> Iterator[str]:
 def _check_top_2(moe: MoEConfig) -> Iterator[str]:
     if moe.router != "top-2":
         return
-    if moe.num_experts < 2:
-        yield "model.moe.router='top-2' needs two experts; use num_experts of 2 or more"
     policies = {moe.train_second_policy, moe.eval_second_policy}
     if moe.second_threshold != 0.2 and not policies & {"threshold", "random"}:
         yield (

@@ -384,9 +384,7 @@ def _refuse_inexpressible(config: ModelConfig) -> None:
     hf = {"router": "switch", "attention": "none", "router_precision": "selective"}
     for key, only in hf.items():
         if (value := getattr(moe, key)) != only:
-            raise UserError(
-                f"model.moe.{key}={value!r} is unknown to HF; only {only!r} can be told"
-            )
+            raise UserError(f"model.moe.{key}={value!r} is unknown to HF; it must be {only!r}")
     if config.activation != "relu":
         raise UserError(
             f"model.activation={config.activation!r} with model.moe.num_experts={moe.num_experts} "

@@ -69,8 +69,8 @@ def encode(model: SwitchTransformer, tokens: Tensor, mask: Tensor | None) -> Sou
     """
     if model.config.moe.router == "expert-choice" and model.config.moe.decoder_sparse_step:
         raise UserError(
-            "model.moe.router='expert-choice' lets the decoder's experts choose among all tokens of "
-            "a text, those not yet written too, so it cannot generate; train with "
+            "model.moe.router='expert-choice' lets the decoder's experts choose among all tokens "
+            "of a text, those not yet written too, so it cannot generate; train with "
             "model.moe.decoder_sparse_step=0, or another router"
         )
     # Dropless, so that a text depends on its own prompt alone; HF's capacity is per row anyway, and

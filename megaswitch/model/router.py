@@ -49,12 +49,13 @@ class Choices:
     def by_token(self, values: Tensor, tokens: int) -> Tensor:
         """`values`, like `expert`, of the first so many tokens: [tokens], or [tokens, K].
 
-        Where a token is not in a column the value is -1.
+        Where a token is not in a column there is 0, and of experts -1.
         """
         if self.token is None:
             return values.flatten()[:tokens]
         columns = self.token.shape[1]
-        table = values.new_full((tokens + 1, columns), -1)  # the last row takes all filler
+        empty = -1 if values.dtype == torch.int64 else 0
+        table = values.new_full((tokens + 1, columns), empty)  # the last row takes all filler
         column = torch.arange(columns, device=values.device)[:, None].expand_as(self.token)
         table[self.token.clamp(max=tokens), column] = values
         return table[:tokens]

@@ -114,8 +114,7 @@ class RouterLosses:
             expert, gate, kept = (
                 routing.by_token(t, tokens) for t in (routing.expert, gate.detach(), routing.kept)
             )
-            if routing.token is not None:
-                gate, kept = gate.masked_fill(expert < 0, 0.0), kept & (expert >= 0)
+            gate = gate.masked_fill(expert < 0, 0.0)
             fields = (expert, gate, kept, entropy.flatten()[:tokens])
             self.routing[name] = LayerRouting(*(t.unflatten(0, mask.shape) for t in fields))
 

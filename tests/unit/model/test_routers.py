@@ -17,7 +17,7 @@ from megaswitch.model.router import Routing
 from megaswitch.model.routers import ROUTERS
 from tests.unit.model.router_checks import close, identity_router, layer
 from tests.unit.model.router_oracle import plan
-from tests.unit.model.routers_checks import CHECKS, route
+from tests.unit.model.other_router_checks import CHECKS, route
 
 NAMES = list(ROUTERS)
 MODES = {

@@ -10,7 +10,7 @@ from megaswitch.model.expert_choice import ExpertChoiceRouter
 from megaswitch.model.ntlb import NoTokenLeftBehindRouter
 from megaswitch.model.router import Router
 from megaswitch.model.top_2 import Top2Router
-from tests.unit.model.routers_checks import CHECKS
+from tests.unit.model.other_router_checks import CHECKS
 
 
 def changed(patch, router, change):
