@@ -15,9 +15,9 @@ from megaswitch.model.groups import Draws
 from megaswitch.model.moe import group_tokens, into_groups
 from megaswitch.model.router import Routing
 from megaswitch.model.routers import ROUTERS
+from tests.unit.model.other_router_checks import CHECKS, route
 from tests.unit.model.router_checks import close, identity_router, layer
 from tests.unit.model.router_oracle import plan
-from tests.unit.model.other_router_checks import CHECKS, route
 
 NAMES = list(ROUTERS)
 MODES = {
