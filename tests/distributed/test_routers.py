@@ -3,16 +3,20 @@
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from megaswitch.config import RunConfig
 from megaswitch.model.routers import ROUTERS
+from megaswitch.parallel import collectives
 from megaswitch.rules import check
+from megaswitch.train.text import Completion
 from tests.distributed import layouts
-from tests.distributed.equality import Outcome, compare, train, train_alone
+from tests.distributed.equality import Outcome, compare, train, train_alone, working_in
 from tests.distributed.layouts import GRIDS, Case, Free, Grid, Structure, case
+from tests.distributed.test_generate_layouts import complete, run_config
 from tests.distributed.world import World
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -90,6 +94,62 @@ def test_a_mesh_trains_as_one_process_does(world, alone, name, grid):
     free = (Free(), Free(activation="gated-gelu", activation_checkpointing=True, dropout=0.0))
     for structure, some in zip((structures[0], structures[-1]), free, strict=True):
         compare_layout(world, alone, name, Case(grid, structure, some))
+
+
+# ---------------------------------------------------------------- precision
+
+
+def exchanged(config: RunConfig) -> tuple[Outcome, set[torch.dtype]]:
+    """Train a step in bf16, and see what experts are sent."""
+    seen = set()
+    send_rows = collectives._send_rows
+
+    def look(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.add(x.dtype)
+        return send_rows(x, *rest)
+
+    with mock.patch.object(collectives, "_send_rows", look):
+        return train(config, torch.float32, 1), seen - {torch.int64}
+
+
+@pytest.mark.parametrize(
+    ("precision", "travels"),
+    [("selective", torch.bfloat16), ("bf16", torch.bfloat16), ("fp32", torch.float32)],
+)
+def test_what_travels_in_a_bf16_run(world, precision, travels):
+    moe = {"router_precision": precision, "attention": "ffn"}
+    layout = case("edp2·ep2", zero="full")
+    single = layouts.config(Case(free=layout.free), "bf16", moe=moe)
+    (expected,) = world.run(1, train_alone, single, torch.float32, 1)
+    found = world.run(4, exchanged, layouts.config(layout, "bf16", moe=moe))
+    for outcome, seen in found:
+        assert seen == {travels}
+        assert outcome.loss == pytest.approx(expected.loss, rel=1e-2)
+
+
+# ---------------------------------------------------------------- generation
+
+
+def complete_in_fp64(config: RunConfig) -> list[list[Completion]]:
+    with working_in(torch.float64):
+        return complete(config)
+
+
+@pytest.mark.parametrize("layout", ["ep2·tp2", "edp2·ep2", "tp2"])
+def test_texts_of_expert_attention_and_two_experts_are_those_of_one_process(world, layout):
+    options = {"attention": "linear", "router": "top-2", "exploration": "argmax"}
+
+    def run(grid: Grid) -> list[list[list[Completion]]]:
+        config = run_config("capacity", grid)
+        moe = replace(config.model.moe, **options)
+        config = replace(config, model=replace(config.model, moe=moe))
+        return world.run(grid.ranks, complete_in_fp64, config)
+
+    (expected,) = run(Grid())
+    for found in run(case(layout).grid):
+        for ours, theirs in zip(found, expected, strict=True):
+            assert [a.output for a in ours] == [a.output for a in theirs]
+            assert [a.score for a in ours] == pytest.approx([a.score for a in theirs], rel=1e-9)
 
 
 def test_every_router_takes_part():
