@@ -135,7 +135,7 @@ def complete_in_fp64(config: RunConfig) -> list[list[Completion]]:
         return complete(config)
 
 
-@pytest.mark.parametrize("layout", ["ep2·tp2", "edp2·ep2", "tp2"])
+@pytest.mark.parametrize("layout", ["ep2·tp2", "edp2·ep2"])
 def test_texts_of_expert_attention_and_two_experts_are_those_of_one_process(world, layout):
     options = {"attention": "linear", "router": "top-2", "exploration": "argmax"}
 
