@@ -150,6 +150,43 @@ def test_a_forked_child_is_refused_and_ends(samples):
         assert len(next(stream)) == 64
 
 
+def test_a_forked_child_can_read_for_itself_whatever_the_threads_were_doing(samples):
+    """Locks that threads of the parent held at the fork stay locked in the child for good."""
+    fresh = SpanCorruptionLoader(samples.store.prefix, **SETTINGS)
+    epochs = [range(i * 300, i * 300 + 4) for i in range(40)]  # each makes the order of an epoch
+    expected = samples.batch(range(4))
+    with fresh.stream(itertools.cycle(epochs), threads=3, ahead=16) as stream:
+        for _ in range(30):
+            next(stream)
+            child = os.fork()
+            if child == 0:
+                signal.alarm(60)
+                code = 1
+                try:
+                    good = same(fresh.batch(range(4)), expected)
+                    with fresh.stream(plan(), threads=2, ahead=3) as own:
+                        good = good and same(next(own), expected)
+                    code = 0 if good else 2
+                finally:
+                    os._exit(code)
+            assert os.waitpid(child, 0)[1] == 0
+
+
+def test_many_streams_at_once(samples):
+    before = running_threads()
+    expected = [samples.batch(range(4 * n, 4 * n + 4)) for n in range(12)]
+    streams = [samples.stream(plan(), threads=2, ahead=1 + n % 5) for n in range(40)]
+    try:
+        for number in range(12):
+            for stream in streams[number:]:
+                assert same(next(stream), expected[number])
+            streams[number].close()
+    finally:
+        for stream in streams:
+            stream.close()
+    assert running_threads() == before
+
+
 def blocks(task, number):
     with open(f"/proc/self/task/{task}/status") as status:
         mask = next(line.split()[1] for line in status if line.startswith("SigBlk"))
@@ -238,7 +275,7 @@ def test_sanitizers_find_nothing_in_the_threads(make_corpus, tmp_path, sanitizer
     prefix = make_corpus(300_000, top=32_000)
     root = Path(__file__).parents[3]
     program = tmp_path / "stress"
-    names = ("loader", "mixture", "indexed", "span_corruption")
+    names = ("loader", "mixture", "indexed", "span_corruption", "bus_guard")
     sources = [root / f"csrc/{name}.cpp" for name in names]
     compiler = ["g++", "-std=c++17", "-g", "-O1", "-pthread", f"-fsanitize={sanitizer}"]
     compiler += ["-fno-sanitize-recover=all", f"-I{root / 'csrc'}"]
