@@ -150,17 +150,19 @@ def test_a_forked_child_is_refused_and_ends(samples):
         assert len(next(stream)) == 64
 
 
-def test_a_forked_child_can_read_for_itself_whatever_the_threads_were_doing(samples):
+def test_a_forked_child_can_read_for_itself_whatever_the_threads_were_doing(make_corpus):
     """Locks that threads of the parent held at the fork stay locked in the child for good."""
-    fresh = SpanCorruptionLoader(samples.store.prefix, **SETTINGS)
-    epochs = [range(i * 300, i * 300 + 4) for i in range(40)]  # each makes the order of an epoch
-    expected = samples.batch(range(4))
-    with fresh.stream(itertools.cycle(epochs), threads=3, ahead=16) as stream:
-        for _ in range(30):
+    prefix = make_corpus(1_500_000)
+    fresh = SpanCorruptionLoader(prefix, **SETTINGS)
+    count = fresh.samples_per_epoch  # each batch makes the order of an epoch, under a lock
+    epochs = (range(i * count, i * count + 4) for i in itertools.count(1))
+    expected = SpanCorruptionLoader(prefix, **SETTINGS).batch(range(4))
+    with fresh.stream(epochs, threads=3, ahead=16) as stream:
+        for _ in range(8):
             next(stream)
             child = os.fork()
             if child == 0:
-                signal.alarm(60)
+                signal.alarm(30)
                 code = 1
                 try:
                     good = same(fresh.batch(range(4)), expected)

@@ -54,11 +54,13 @@ def read(options, layout, rank, samples, steps, path):
     config = configured(options, layout, steps)
     loader = build_loader(config, "train")
     plan = micro_batches(config, Rank(rank, layout[0]), samples)
-    with path.open("wb", buffering=0) as file:
-        with loader.stream(plan, threads=layout[2], ahead=4) as stream:
-            for batch in stream:
-                file.write(all_of(batch).numpy().astype("<i8").tobytes())
-                time.sleep(0.001)
+    with (
+        path.open("wb", buffering=0) as file,
+        loader.stream(plan, threads=layout[2], ahead=4) as stream,
+    ):
+        for batch in stream:
+            file.write(all_of(batch).numpy().astype("<i8").tobytes())
+            time.sleep(0.001)
 
 
 @pytest.mark.long
