@@ -109,7 +109,7 @@ def _files(store: TokenStore, check_sums: bool, reader: Tokenizer | None) -> dic
         "bytes": {s: companion(store.prefix, s).stat().st_size for s in (".bin", ".idx")},
         "verified": check_sums,
         "sidecar": asdict(store.meta) if store.meta else None,
-        "ids": _ids(store, store.meta or (reader and reader.info)),
+        "ids": _ids(store, store.meta or (reader.info if reader else None)),
         "lengths": _lengths(store),
     }
 

@@ -62,6 +62,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results: dict[str, Any] = {"versions": {p: v for p in PACKAGES if (v := version(p))}}
+    results["load_average"] = {"before": os.getloadavg()[0]}  # other work on the machine
     with tempfile.TemporaryDirectory() as folder:
         prefix = write_corpus(Path(folder) / "tokens")
         if "throughput" in arguments.parts:
@@ -73,6 +74,7 @@ def main() -> None:
         if "cold" in arguments.parts:
             write_large_corpus(Path(folder) / "large", arguments.gigabytes)
             results["cold"] = cold_reads(Path(folder) / "large")
+    results["load_average"]["after"] = os.getloadavg()[0]
     record("tools/benchmarks/data.py", results, arguments.output)
 
 

@@ -31,7 +31,7 @@ LAYOUTS = [
 def options(run_options, tmp_path):
     """Three sources of documents of all lengths, packed."""
     info = TokenizerInfo("0" * 64, VOCAB_SIZE, SENTINELS)
-    kept = [o for o in run_options if not o.startswith("--data.")]
+    kept = [o for o in run_options if not o.startswith(("--data.", "--train.valid"))]
     for number, name in enumerate(("de", "en", "fr")):
         generator = np.random.default_rng(number)
         with IndexedWriter(tmp_path / name, np.uint16, tokenizer=info) as writer:
