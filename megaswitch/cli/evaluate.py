@@ -57,9 +57,10 @@ def evaluate(
 
     CHECKPOINT is a checkpoint or a run folder, whose newest is taken. Each DATA is a text file
     (JSON lines with field "text", or plain text; plain, .gz or .zst), read with the checkpoint's
-    tokenizer, or the prefix of a .bin/.idx pair; NAME=DATA names its row. All samples are
-    evaluated unless --samples limits them. Lengths, corruption, capacity and routing groups are
-    those of validation in training, so the figures agree with it.
+    tokenizer, or the prefix of a .bin/.idx pair, or of the pairs of texts that a text-to-text model
+    takes; NAME=DATA names its row. All samples are evaluated unless --samples limits them. Lengths,
+    corruption, capacity and routing groups are those of validation in training, so the figures
+    agree with it.
 
     Several processes share the samples, each with the whole model, or with a part of it as --ep and
     --tp say, whatever the layout of the training. The figures do not depend on it.

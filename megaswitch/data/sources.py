@@ -15,6 +15,7 @@ from megaswitch.data import native
 from megaswitch.data.indexed import IndexedWriter, TokenStore, companion, token_dtype
 from megaswitch.data.preprocess import PreprocessReport, tokenize
 from megaswitch.data.text_files import Document, bare, is_json_lines
+from megaswitch.data.text_to_text import FIELDS
 from megaswitch.data.tokenizer import Tokenizer
 from megaswitch.log import UserError, warn
 
@@ -32,7 +33,7 @@ class DataFile:
 
     Attributes:
         name: of the source, given or taken from the file's name.
-        path: of a text file, or the prefix of a `.bin`/`.idx` pair.
+        path: of a text file, or the prefix of a `.bin`/`.idx` pair, or of a corpus of text pairs.
         is_text: a text file.
         named: the name was given.
     """
@@ -41,6 +42,13 @@ class DataFile:
     path: Path
     is_text: bool
     named: bool
+
+    @property
+    def token_prefixes(self) -> list[Path]:
+        """Of its `.bin`/`.idx` pairs: none of a text, two of a corpus of text pairs."""
+        if self.is_text:
+            return []
+        return _text_pairs(self.path) or [self.path]
 
 
 @dataclass(frozen=True)
@@ -264,7 +272,16 @@ def _find(path: Path) -> tuple[Path, bool] | None:
     present = [companion(pair, suffix).is_file() for suffix in (".bin", ".idx")]
     if all(present) or (any(present) and not path.is_file()) or (any(present) and pair != path):
         return pair, False
-    return (path, True) if path.is_file() else None
+    if path.is_file():
+        return path, True
+    return (path, False) if _text_pairs(path) else None
+
+
+def _text_pairs(prefix: Path) -> list[Path]:
+    """The prefixes of both corpora of text pairs, if that is what `prefix` names."""
+    both = [companion(prefix, f"_{field}") for field in FIELDS]
+    is_plain = companion(prefix, ".idx").is_file()
+    return [] if is_plain or not all(companion(p, ".idx").is_file() for p in both) else both
 
 
 def _listed(names: Iterable[str]) -> str:

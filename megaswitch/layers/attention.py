@@ -180,7 +180,9 @@ def causal_bias(length: int, dtype: torch.dtype, device: torch.device) -> Tensor
 def segment_bias(queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, 1, Q, K] from segments [B, Q] and [B, K] of packed rows: 0 within one, else `MASKED`.
 
-    Padding is segment 0: it sees padding alone, and no document sees it.
+    Padding is segment 0: it sees padding alone, and no document sees it. What is masked has weight
+    0, which hides any finite number; NaN and infinity reach the rest of their row, and end the
+    step.
     """
     return (queries[:, :, None] != keys[:, None, :]).to(dtype)[:, None] * MASKED
 
