@@ -263,7 +263,7 @@ class IndexedWriter:
 
     def extend(
         self,
-        tokens: Iterable[NDArray[np.int64]],
+        tokens: Iterable[NDArray],
         lengths: Iterable[NDArray[np.int64]],
         ends: Iterable[NDArray[np.int64]],
     ) -> None:
@@ -288,9 +288,11 @@ class IndexedWriter:
 
     def _write_tokens(self, ids: NDArray) -> None:
         assert ids.ndim == 1
-        limits = np.iinfo(self._dtype)
-        assert len(ids) == 0 or (limits.min <= ids.min() and ids.max() <= limits.max)
-        content = ids.astype(self._dtype).tobytes()
+        if ids.dtype != self._dtype and len(ids):
+            limits = np.iinfo(self._dtype)
+            assert limits.min <= ids.min()
+            assert ids.max() <= limits.max
+        content = memoryview(np.ascontiguousarray(ids, dtype=self._dtype))
         self._bin.write(content)
         self._hash.update(content)
         self.num_tokens += len(ids)

@@ -64,7 +64,7 @@ def test_every_document_arrives_once_in_another_order(inputs, tmp_path, tokenize
 def test_the_order_depends_on_the_seed_alone(inputs, tmp_path, tokenizer, monkeypatch):
     for name, workers, seed in [("a", 1, 0), ("b", 2, 0), ("c", 1, 1)]:
         preprocess(inputs, tmp_path / name, tokenizer.path, workers=workers, seed=seed)
-        monkeypatch.setattr("megaswitch.data.preprocess._BATCH_DOCUMENTS", 7)
+        monkeypatch.setattr("megaswitch.data.blocks._BLOCK_BYTES", 99)
         monkeypatch.setattr("megaswitch.data.preprocess._ORDER_CHUNK", 50)
     a, b, c = ((tmp_path / f"{name}.bin").read_bytes() for name in "abc")
     assert a == b
