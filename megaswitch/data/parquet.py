@@ -81,7 +81,7 @@ def _rows(batch: Any, fields: Sequence[str], skip: int, longest: int) -> Iterato
     columns = [_texts(batch.column(field), longest) for field in fields]
     for row in range(skip, len(batch)):
         texts = tuple(column(row) for column in columns)
-        yield None if Ellipsis in texts else texts
+        yield None if any(text is ... for text in texts) else texts
 
 
 def _texts(column: Any, longest: int) -> Callable[[int], Any]:
@@ -95,9 +95,11 @@ def _texts(column: Any, longest: int) -> Callable[[int], Any]:
         if index is None:
             return None
         if index not in kept:
+            if not 0 <= index < len(values):
+                raise ValueError(f"there is no value {index} in the dictionary")
             buffer = values[index].as_buffer()
-            value = buffer and (... if buffer.size > longest else buffer.to_pybytes())
-            kept[index] = value
+            long = buffer is not None and buffer.size > longest
+            kept[index] = ... if long else None if buffer is None else buffer.to_pybytes()
         return kept[index]
 
     return text
@@ -124,8 +126,8 @@ def _open(path: Path, fields: Sequence[str]) -> Any:
             f"'{path}' is a Parquet file, and pyarrow is not installed. Install it with "
             '`pip install "megaswitch[parquet]"`.'
         ) from error
-    file = parquet.ParquetFile(path, read_dictionary=list(fields), pre_buffer=False)
-    schema = file.schema_arrow
+    metadata = parquet.read_metadata(path)
+    schema = metadata.schema.to_arrow_schema()
     for field in fields:
         if field not in schema.names:
             known = ", ".join(f"'{name}'" for name in schema.names[:10])
@@ -143,7 +145,9 @@ def _open(path: Path, fields: Sequence[str]) -> Any:
             )
         ):  # fmt: skip
             raise UserError(f"the column '{field}' of '{path}' is of type {kind}; it must be text.")
-    return file
+    return parquet.ParquetFile(
+        path, metadata=metadata, read_dictionary=list(fields), pre_buffer=False
+    )
 
 
 @contextmanager
