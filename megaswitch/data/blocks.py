@@ -51,6 +51,13 @@ class Block:
     end: Position
     content: bytes | list[Row] | None
 
+    @property
+    def size(self) -> int:
+        """Bytes of text."""
+        if isinstance(self.content, list):
+            return sum(len(text) for row in self.content for text in row if text)
+        return len(self.content or b"")
+
 
 def is_json_lines(path: Path) -> bool:
     """True where the file is taken for JSON lines, by its name."""

@@ -1,33 +1,18 @@
-"""Tokenizing blocks of documents, in this process or in many, always in their order.
-
-Processes rather than threads: SentencePiece lets go of the interpreter, but reading JSON does not,
-and is a tenth of the work.
-"""
+"""Tokenizing blocks of documents."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import chain, islice
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megaswitch.data.blocks import Block, Position, read_blocks
+from megaswitch.data.blocks import Block, Position
 from megaswitch.data.indexed import IndexedWriter, token_dtype
-from megaswitch.data.progress import progress
 from megaswitch.data.text_files import TEXT, Rejection, RejectionLog, records_of
 from megaswitch.data.tokenizer import SENTINEL, Tokenizer
-from megaswitch.log import UserError
 
 _INLINE_BLOCKS = 8  # so few are done before other processes have started
 _AHEAD_BYTES = 1 << 22  # of text waiting for each process
@@ -154,112 +139,3 @@ class Encoder:
 def _line(rejection: Rejection) -> bytes:
     values = {"file": str(rejection.path), "line": rejection.line, "reason": rejection.reason}
     return json.dumps(values).encode() + b"\n"
-
-
-def encode_files(
-    inputs: Sequence[Path],
-    encoder: Encoder,
-    *,
-    workers: int,
-    begin: Callable[[int], Position | None] = lambda _: Position(),
-) -> Iterator[Encoded]:
-    """Encode all files, in their order, showing progress.
-
-    Args:
-        inputs: JSONL, plain text or Parquet.
-        encoder: of the blocks.
-        workers: processes that tokenize; few blocks are done in this one. The result does not
-            depend on it.
-        begin: called with the number of an input before it is read; says where to begin, None to
-            pass over it.
-
-    Raises:
-        UserError: if `workers` is below 1, or an input is damaged.
-    """
-    if workers < 1:
-        raise UserError(f"workers is {workers}; at least 1 process is needed.")
-    with progress("tokenizing", sum(path.stat().st_size for path in inputs)) as advance:
-        blocks = _blocks(inputs, encoder.fields, begin, advance)
-        if workers == 1:
-            yield from (encoder(*block) for block in blocks)
-            return
-        first = list(islice(blocks, _INLINE_BLOCKS + 1))
-        if len(first) <= _INLINE_BLOCKS:
-            yield from (encoder(*block) for block in first)
-            return
-        yield from _in_processes(chain(first, blocks), encoder, workers)
-
-
-def _blocks(
-    inputs: Sequence[Path],
-    fields: Sequence[str],
-    begin: Callable[[int], Position | None],
-    advance: Callable[[int], None],
-) -> Iterator[tuple[int, Block]]:
-    """The blocks of all inputs with the numbers of these."""
-    for source, path in enumerate(inputs):
-        start = begin(source)
-        if start is None:
-            advance(path.stat().st_size)
-            continue
-        for block in read_blocks(path, fields, start=start, advance=advance):
-            yield source, block
-
-
-def _in_processes(
-    blocks: Iterator[tuple[int, Block]], encoder: Encoder, workers: int
-) -> Iterator[Encoded]:
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(encoder,),
-    )
-    running: deque[tuple[Future[Encoded], int]] = deque()
-    try:
-        for source, block in blocks:
-            size = _size(block)
-            # Few blocks, and not much text, wait in memory; a giant alone is always let through.
-            while running and (
-                len(running) >= 3 * workers
-                or size + sum(s for _, s in running) > workers * _AHEAD_BYTES
-            ):
-                yield running.popleft()[0].result()
-            running.append((pool.submit(_encode, source, block), size))
-        while running:
-            yield running.popleft()[0].result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a process that tokenizes was killed, most likely as memory ran out. Use fewer "
-            "--workers."
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _size(block: Block) -> int:
-    if isinstance(block.content, list):
-        return sum(len(text) for row in block.content for text in row if text)
-    return len(block.content or b"")
-
-
-_encoder: Encoder  # of a process of the pool
-
-
-def _start_worker(encoder: Encoder) -> None:
-    global _encoder
-    _encoder = encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A parent that was killed cannot tell its processes to end."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _encode(source: int, block: Block) -> Encoded:
-    return _encoder(source, block)

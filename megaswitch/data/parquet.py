@@ -98,8 +98,10 @@ def _texts(column: Any, longest: int) -> Callable[[int], Any]:
             if not 0 <= index < len(values):
                 raise ValueError(f"there is no value {index} in the dictionary")
             buffer = values[index].as_buffer()
-            long = buffer is not None and buffer.size > longest
-            kept[index] = ... if long else None if buffer is None else buffer.to_pybytes()
+            if buffer is None:
+                kept[index] = None
+            else:
+                kept[index] = ... if buffer.size > longest else buffer.to_pybytes()
         return kept[index]
 
     return text

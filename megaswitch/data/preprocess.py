@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from megaswitch.data import native
 from megaswitch.data.blocks import check_inputs
-from megaswitch.data.encoding import Encoder, encode_files
+from megaswitch.data.encode_files import encode_files
+from megaswitch.data.encoding import Encoder
 from megaswitch.data.indexed import IndexedWriter, companion, token_dtype
 from megaswitch.data.progress import progress
 from megaswitch.data.spool import InputCounts, Spool

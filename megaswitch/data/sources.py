@@ -15,7 +15,8 @@ import numpy as np
 from megaswitch.data import native
 from megaswitch.data.blocks import is_json_lines
 from megaswitch.data.compression import bare
-from megaswitch.data.encoding import Encoder, encode_files
+from megaswitch.data.encode_files import encode_files
+from megaswitch.data.encoding import Encoder
 from megaswitch.data.indexed import IndexedWriter, TokenStore, companion, token_dtype
 from megaswitch.data.text_files import RejectionLog
 from megaswitch.data.tokenizer import Tokenizer

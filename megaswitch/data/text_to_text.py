@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import IO
 
 from megaswitch.data.blocks import check_inputs, is_json_lines, is_parquet
-from megaswitch.data.encoding import Encoder, encode_files
+from megaswitch.data.encode_files import encode_files
+from megaswitch.data.encoding import Encoder
 from megaswitch.data.indexed import IndexedWriter, companion, token_dtype
 from megaswitch.data.preprocess import PreprocessReport, check_usable, explained
 from megaswitch.data.spool import InputCounts

@@ -1,7 +1,6 @@
 import gzip
 import json
 import lzma
-import multiprocessing
 import subprocess
 import sys
 
@@ -95,7 +94,7 @@ def test_the_order_depends_on_the_seed_alone(inputs, tmp_path, tokenizer, monkey
 
 def test_the_files_do_not_depend_on_the_workers(inputs, tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr("megaswitch.data.blocks._BLOCK_BYTES", 999)
-    monkeypatch.setattr("megaswitch.data.encoding._AHEAD_BYTES", 2000)
+    monkeypatch.setattr("megaswitch.data.workers._AHEAD_BYTES", 2000)
     with inputs[0].open("a") as file:
         file.write("\nnonsense\n" * 30)
     written = []
@@ -112,13 +111,19 @@ def test_the_files_do_not_depend_on_the_workers(inputs, tmp_path, tokenizer, mon
 
 def test_a_worker_that_dies_is_explained(inputs, tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr("megaswitch.data.blocks._BLOCK_BYTES", 99)
-    add = Spool.add
+    started, add = [], Spool.add
+
+    class Recorded(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            started.append(self)
+            super().__init__(*args, **kwargs)
 
     def add_and_kill(spool, encoded):
         add(spool, encoded)
-        for process in multiprocessing.active_children():
+        for process in started:
             process.kill()
 
+    monkeypatch.setattr("megaswitch.data.workers.subprocess.Popen", Recorded)
     monkeypatch.setattr(Spool, "add", add_and_kill)
     with pytest.raises(UserError, match=r"was killed, .* Use fewer --workers"):
         preprocess(inputs, tmp_path / "c", tokenizer.path, workers=2)

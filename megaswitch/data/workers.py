@@ -1,0 +1,138 @@
+"""Processes that encode blocks, spoken to over pipes.
+
+Not multiprocessing's: those import the caller's script once more, with all that it imports, and
+live on when their parent is killed. Here a child ends when its pipe does.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
+
+from megaswitch.data.blocks import Block
+from megaswitch.data.encoding import Encoded, Encoder
+from megaswitch.log import UserError
+
+_AHEAD_BYTES = 1 << 22  # of text that waits for each process
+_CHILD = (
+    "import sys; sys.path[:] = sys.argv[1:]; from megaswitch.data import workers; workers.serve()"
+)
+
+
+def encode_in_processes(
+    blocks: Iterator[tuple[int, Block]], encoder: Encoder, workers: int
+) -> Iterator[Encoded]:
+    """Encode blocks side by side; they come out in their order.
+
+    Args:
+        blocks: with the numbers of their inputs.
+        encoder: of all.
+        workers: processes, started as they are needed.
+
+    Raises:
+        UserError: if a process dies, or what `encoder` raises.
+    """
+    children = [_Child(encoder) for _ in range(workers)]
+    idle: SimpleQueue[_Child] = SimpleQueue()
+    for child in children:
+        idle.put(child)
+
+    def encode(source: int, block: Block) -> Encoded:
+        child = idle.get()
+        try:
+            return child.encode(source, block)
+        finally:
+            idle.put(child)
+
+    running: deque[tuple[Future[Encoded], int]] = deque()
+    threads = ThreadPoolExecutor(workers)
+    try:
+        for source, block in blocks:
+            size = block.size
+            # Few blocks, and not much text, wait in memory; a giant alone is always let through.
+            while running and (
+                len(running) >= 3 * workers
+                or size + sum(s for _, s in running) > workers * _AHEAD_BYTES
+            ):
+                yield running.popleft()[0].result()
+            running.append((threads.submit(encode, source, block), size))
+        while running:
+            yield running.popleft()[0].result()
+    finally:
+        threads.shutdown(cancel_futures=True)
+        for child in children:
+            child.end()
+
+
+class _Child:
+    """A process that encodes one block at a time; started by the first."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def encode(self, source: int, block: Block) -> Encoded:
+        """Have a block encoded."""
+        try:
+            if self.process is None:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-c", _CHILD, *sys.path],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                )
+                self._send(self.encoder)
+            self._send((source, block))
+            assert self.process.stdout is not None
+            answer = pickle.load(self.process.stdout)
+        except (BrokenPipeError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(
+                "a process that tokenizes was killed, most likely as memory ran out. Use fewer "
+                "--workers."
+            ) from error
+        if isinstance(answer, UserError):
+            raise answer
+        assert isinstance(answer, Encoded)
+        return answer
+
+    def _send(self, message: object) -> None:
+        assert self.process is not None
+        assert self.process.stdin is not None
+        self.process.stdin.write(pickle.dumps(message, protocol=5))
+        self.process.stdin.flush()
+
+    def end(self) -> None:
+        """Let the process end, and wait for it."""
+        if self.process is not None:
+            try:
+                self.process.communicate()
+            except OSError:
+                self.process.kill()
+                self.process.wait()
+
+
+def serve() -> None:
+    """Be a child: encode blocks until the parent closes the pipe, or is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    # What a library prints must not get between the answers.
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    questions = sys.stdin.buffer
+    try:
+        encoder = pickle.load(questions)
+        while True:
+            source, block = pickle.load(questions)
+            try:
+                answer = encoder(source, block)
+            except UserError as error:
+                answer = error
+            answers.write(pickle.dumps(answer, protocol=5))
+            answers.flush()
+    except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+        os._exit(0)
