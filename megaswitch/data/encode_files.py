@@ -6,7 +6,7 @@ and is a tenth of the work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def encode_files(
     *,
     workers: int,
     begin: Callable[[int], Position | None] = lambda _: Position(),
-) -> Iterator[Encoded]:
+) -> Generator[Encoded, None, None]:
     """Encode all files, in their order, showing progress.
 
     Args:

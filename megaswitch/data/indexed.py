@@ -292,7 +292,7 @@ class IndexedWriter:
             limits = np.iinfo(self._dtype)
             assert limits.min <= ids.min()
             assert ids.max() <= limits.max
-        content = memoryview(np.ascontiguousarray(ids, dtype=self._dtype))
+        content = np.ascontiguousarray(ids, dtype=self._dtype).data
         self._bin.write(content)
         self._hash.update(content)
         self.num_tokens += len(ids)

@@ -164,7 +164,7 @@ class Spool:
     def add(self, encoded: Encoded) -> None:
         """Append the documents of the next block."""
         (column,) = encoded.columns
-        self._tokens.write(memoryview(column.ids))
+        self._tokens.write(column.ids.data)
         self._ends.write((self.num_tokens + np.cumsum(column.lengths)).astype("<i8").tobytes())
         self._rejected.write(encoded.rejected)
         self.num_documents += encoded.documents

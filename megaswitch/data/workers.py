@@ -21,6 +21,7 @@ from megaswitch.data.encoding import Encoded, Encoder
 from megaswitch.log import UserError
 
 _AHEAD_BYTES = 1 << 22  # of text that waits for each process
+_PIPE_BYTES = 1 << 20  # of 64 KiB each block would wake both sides many times
 _CHILD = (
     "import sys; sys.path[:] = sys.argv[1:]; from megaswitch.data import workers; workers.serve()"
 )
@@ -86,6 +87,7 @@ class _Child:
                     [sys.executable, "-c", _CHILD, *sys.path],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
+                    pipesize=_PIPE_BYTES,
                 )
                 self._send(self.encoder)
             self._send((source, block))
