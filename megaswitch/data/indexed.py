@@ -288,10 +288,9 @@ class IndexedWriter:
 
     def _write_tokens(self, ids: NDArray) -> None:
         assert ids.ndim == 1
-        if ids.dtype != self._dtype and len(ids):
-            limits = np.iinfo(self._dtype)
-            assert limits.min <= ids.min()
-            assert ids.max() <= limits.max
+        limits = np.iinfo(self._dtype)
+        fits = ids.dtype == self._dtype or len(ids) == 0
+        assert fits or (limits.min <= ids.min() and ids.max() <= limits.max)
         content = np.ascontiguousarray(ids, dtype=self._dtype).data
         self._bin.write(content)
         self._hash.update(content)

@@ -147,10 +147,7 @@ def preprocess(
         companion(output_prefix, ".spool"), inputs, encoder.settings,
         token_dtype(tokenizer.vocab_size),
     ) as spool:  # fmt: skip
-        with closing(encode_files(inputs, encoder, workers=workers, begin=spool.begin)) as blocks:
-            for encoded in blocks:
-                spool.add(encoded)
-        spool.finish()
+        _tokenize(inputs, encoder, spool, workers)
         report = PreprocessReport(inputs=spool.counts, rejections=spool.rejections())
         check_usable(report, fields=f"'{text_field}'")
         report.prefixes = _write(
@@ -161,6 +158,13 @@ def preprocess(
     report.seconds = time.monotonic() - started
     info(str(report))
     return report
+
+
+def _tokenize(inputs: Sequence[Path], encoder: Encoder, spool: Spool, workers: int) -> None:
+    with closing(encode_files(inputs, encoder, workers=workers, begin=spool.begin)) as blocks:
+        for encoded in blocks:
+            spool.add(encoded)
+    spool.finish()
 
 
 def check_usable(report: PreprocessReport, what: str = "document", fields: str = "'text'") -> None:

@@ -129,29 +129,9 @@ def tokenize_sources(
             too many values, or the folder is full.
     """
     spool = folder / "spool"
-    rejections = RejectionLog()
     parts = _Parts(files, by)
-    encoder = Encoder(tokenizer, by=by)
-    paths = [file.path for file in files]
     try:
-        with (
-            IndexedWriter(spool, token_dtype(tokenizer.vocab_size)) as writer,
-            closing(encode_files(paths, encoder, workers=workers)) as blocks,
-        ):
-            for encoded in blocks:
-                (column,) = encoded.columns
-                column.write_to(writer)
-                labels = encoded.labels if by else [None] * len(column.lengths)
-                for label, tokens in zip(labels, column.lengths.tolist(), strict=True):
-                    parts.add(files[encoded.source], label, tokens)
-                rejections.extend(encoded.rejections)
-        if parts.documents == 0:
-            raise UserError(
-                f"the inputs hold no usable document ({rejections.summary()}). Give JSONL with the "
-                "text under 'text', or plain text."
-            )
-        if rejections.count:
-            warn(rejections.summary())
+        _tokenize(files, Encoder(tokenizer, by=by), spool, parts, workers)
         store = TokenStore(spool)
         sources = []
         for number, (name, part) in enumerate(parts.settled(least_tokens).items()):
@@ -244,6 +224,32 @@ class _Parts:
             f"{fate}: {_listed(rare)}"
         )
         return settled
+
+
+def _tokenize(
+    files: Sequence[DataFile], encoder: Encoder, spool: Path, parts: _Parts, workers: int
+) -> None:
+    """Write all documents as they come, and sort them into parts."""
+    rejections = RejectionLog()
+    paths = [file.path for file in files]
+    with (
+        IndexedWriter(spool, token_dtype(encoder.tokenizer.vocab_size)) as writer,
+        closing(encode_files(paths, encoder, workers=workers)) as blocks,
+    ):
+        for encoded in blocks:
+            (column,) = encoded.columns
+            column.write_to(writer)
+            labels = encoded.labels if encoder.by else [None] * encoded.documents
+            for label, tokens in zip(labels, column.lengths.tolist(), strict=True):
+                parts.add(files[encoded.source], label, tokens)
+            rejections.extend(encoded.rejections)
+    if parts.documents == 0:
+        raise UserError(
+            f"the inputs hold no usable document ({rejections.summary()}). Give JSONL with the "
+            "text under 'text', or plain text."
+        )
+    if rejections.count:
+        warn(rejections.summary())
 
 
 def _write(spool: TokenStore, part: _Part, prefix: Path, tokenizer: Tokenizer) -> None:

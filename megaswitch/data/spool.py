@@ -288,7 +288,9 @@ class Spool:
 
 def _input_of(values: object) -> _Input:
     """An entry of the state; ValueError or TypeError if it is none."""
-    one = _Input(**values) if isinstance(values, dict) else _Input()
+    if not isinstance(values, dict):
+        raise ValueError("not an object")
+    one = _Input(**values)
     for item in fields(_Input):
         value = getattr(one, item.name)
         if type(value).__name__ != item.type or (isinstance(value, int) and value < 0):

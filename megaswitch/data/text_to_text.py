@@ -50,11 +50,7 @@ def preprocess_pairs(
         UserError: if files are missing, damaged, of another kind or without a usable pair.
     """
     check_inputs(inputs, FIELDS)
-    if other := [f"'{path}'" for path in inputs if not (is_json_lines(path) or is_parquet(path))]:
-        raise UserError(
-            f"{', '.join(other)}: pairs are read from JSON lines (.jsonl, .ndjson, .json, plain, "
-            ".gz, .xz or .zst) or Parquet with strings under 'inputs' and 'targets'."
-        )
+    _check_formats(inputs)
     tokenizer = Tokenizer(tokenizer_path, num_extra_ids)
     encoder = Encoder(tokenizer, FIELDS, append_eos=False, sentinels=True)
     started = time.monotonic()
@@ -84,6 +80,14 @@ def preprocess_pairs(
     report.seconds = time.monotonic() - started
     info(str(report))
     return report
+
+
+def _check_formats(inputs: Sequence[Path]) -> None:
+    if other := [f"'{path}'" for path in inputs if not (is_json_lines(path) or is_parquet(path))]:
+        raise UserError(
+            f"{', '.join(other)}: pairs are read from JSON lines (.jsonl, .ndjson, .json, plain, "
+            ".gz, .xz or .zst) or Parquet with strings under 'inputs' and 'targets'."
+        )
 
 
 @contextmanager

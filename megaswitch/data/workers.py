@@ -7,7 +7,6 @@ live on when their parent is killed. Here a child ends when its pipe does.
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 
+from megaswitch.data import messages
 from megaswitch.data.blocks import Block
 from megaswitch.data.encoding import Encoded, Encoder
 from megaswitch.log import UserError
@@ -89,25 +89,23 @@ class _Child:
                     stdout=subprocess.PIPE,
                     pipesize=_PIPE_BYTES,
                 )
-                self._send(self.encoder)
-            self._send((source, block))
+                self._send(messages.of_encoder(self.encoder))
+            self._send(messages.of_block(source, block))
             assert self.process.stdout is not None
-            answer = pickle.load(self.process.stdout)
-        except (BrokenPipeError, EOFError, pickle.UnpicklingError) as error:
+            header, parts = messages.receive(self.process.stdout)
+        except (BrokenPipeError, EOFError) as error:
             raise UserError(
                 "a process that tokenizes was killed, most likely as memory ran out. Use fewer "
                 "--workers."
             ) from error
-        if isinstance(answer, UserError):
-            raise answer
-        assert isinstance(answer, Encoded)
-        return answer
+        if "error" in header:
+            raise UserError(header["error"])
+        return messages.encoded(header, parts)
 
-    def _send(self, message: object) -> None:
+    def _send(self, message: messages.Message) -> None:
         assert self.process is not None
         assert self.process.stdin is not None
-        self.process.stdin.write(pickle.dumps(message, protocol=5))
-        self.process.stdin.flush()
+        messages.send(self.process.stdin, message)
 
     def end(self) -> None:
         """Let the process end, and wait for it."""
@@ -127,14 +125,16 @@ def serve() -> None:
     os.dup2(2, 1)
     questions = sys.stdin.buffer
     try:
-        encoder = pickle.load(questions)
+        encoder = None
         while True:
-            source, block = pickle.load(questions)
+            header, parts = messages.receive(questions)
             try:
-                answer = encoder(source, block)
+                if encoder is None:
+                    encoder = messages.encoder(header)
+                    continue
+                answer: messages.Message = messages.of_encoded(encoder(*messages.block(header, parts)))
             except UserError as error:
-                answer = error
-            answers.write(pickle.dumps(answer, protocol=5))
-            answers.flush()
-    except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+                answer = {"error": str(error)}, []
+            messages.send(answers, answer)
+    except (EOFError, BrokenPipeError):
         os._exit(0)

@@ -46,6 +46,7 @@ def inputs(tmp_path, make_text):
 def small(monkeypatch):
     """Small blocks, each of them saved."""
     monkeypatch.setattr("megaswitch.data.blocks._BLOCK_BYTES", 600)
+    monkeypatch.setattr("megaswitch.data.compression._CHUNK_BYTES", 300)
     monkeypatch.setattr(spool_module, "_SAVE_SECONDS", 0.0)
 
 

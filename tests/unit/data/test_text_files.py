@@ -2,6 +2,7 @@ import gzip
 import json
 import lzma
 import tracemalloc
+import zlib
 
 import pytest
 import zstandard
@@ -110,6 +111,28 @@ def test_corrupt_files_are_refused(tmp_path, suffix, at):
     path.write_bytes(damaged)
     with pytest.raises(UserError, match="is corrupt"):
         read(path)
+
+
+def test_zeros_between_xz_streams_are_padding(tmp_path):
+    padding = b"\0" * 4
+    streams = [lzma.compress(f"{word}\n\n".encode()) for word in ("bada", "kilo")]
+    (tmp_path / "a.txt.xz").write_bytes(padding.join(streams) + padding * 300)
+    assert read(tmp_path / "a.txt.xz") == ([(1, "bada"), (3, "kilo")], [])
+
+
+def test_an_xz_file_that_wants_much_memory_is_refused(tmp_path):
+    filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 20}]
+    honest = lzma.compress(b"bada", filters=filters)
+    (tmp_path / "a.txt.xz").write_bytes(honest)
+    assert read(tmp_path / "a.txt.xz") == ([(1, "bada")], [])
+    # The same with a header that asks for 1 GiB: byte 16 is the dictionary's size, then a CRC.
+    block = bytearray(honest[12:24])
+    assert block[2:4] == b"\x21\x01"
+    block[4] = 36
+    block[8:12] = zlib.crc32(block[:8]).to_bytes(4, "little")
+    (tmp_path / "a.txt.xz").write_bytes(honest[:12] + block + honest[24:])
+    with pytest.raises(UserError, match=r"wants more than 256 MiB .* `xz -9` or less"):
+        read(tmp_path / "a.txt.xz")
 
 
 def test_garbage_behind_a_stream_is_refused(tmp_path):
