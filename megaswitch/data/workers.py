@@ -132,7 +132,9 @@ def serve() -> None:
                 if encoder is None:
                     encoder = messages.encoder(header)
                     continue
-                answer: messages.Message = messages.of_encoded(encoder(*messages.block(header, parts)))
+                answer: messages.Message = messages.of_encoded(
+                    encoder(*messages.block(header, parts))
+                )
             except UserError as error:
                 answer = {"error": str(error)}, []
             messages.send(answers, answer)
