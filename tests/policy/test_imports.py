@@ -6,7 +6,7 @@ import sys
 PROBE = """
 import importlib.abc, pkgutil, sys
 
-FORBIDDEN = {"transformers", "transformer_engine", "matplotlib", "datasets", "apex"}
+FORBIDDEN = {"transformers", "transformer_engine", "matplotlib", "datasets", "apex", "pyarrow"}
 
 class Refuse(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
