@@ -28,6 +28,8 @@ from megaswitch.cli.common import PATH
     help='Fields "inputs" and "targets" instead of "text"; writes PREFIX_inputs and '
     "PREFIX_targets, for data.objective=text-to-text.",
 )
+@click.option("--task", metavar="NAME", help="Pairs of a task's files: a public task or a TOML "
+              "file; see megaswitch finetune.")  # fmt: skip
 def preprocess(
     inputs: tuple[Path, ...],
     output: Path,
@@ -36,6 +38,7 @@ def preprocess(
     valid_fraction: float,
     seed: int,
     pairs: bool,
+    task: str | None,
 ) -> None:
     """Turn text into the `.bin` and `.idx` files that training reads.
 
@@ -45,11 +48,15 @@ def preprocess(
     Example: megaswitch preprocess corpus.jsonl.gz --tokenizer spm.model --output data/corpus
     """
     from megaswitch.data.preprocess import preprocess as run
-    from megaswitch.data.text_to_text import preprocess_pairs
+    from megaswitch.data.tasks import find_task
+    from megaswitch.data.text_to_text import preprocess_pairs, preprocess_task
 
-    if pairs:
+    if pairs or task:
         if valid_fraction or seed:
             raise click.UsageError("--pairs keeps all pairs in their order; leave out the others")
+        if task:
+            preprocess_task(list(inputs), output, model, find_task(task), workers=workers)
+            return
         preprocess_pairs(list(inputs), output, model, workers=workers)
         return
     run(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from megaswitch.data.indexed import IndexedWriter, companion, token_dtype
 from megaswitch.data.preprocess import PreprocessReport
+from megaswitch.data.tasks import Task
 from megaswitch.data.text_files import Rejection, check_inputs, is_json_lines, read_lines
 from megaswitch.data.tokenizer import SENTINEL, Tokenizer
 from megaswitch.log import UserError, info
@@ -50,20 +52,69 @@ def preprocess_pairs(
             f"{', '.join(other)}: pairs are read from JSON lines (.jsonl, .ndjson, .json, plain, "
             ".gz or .zst) with strings under 'inputs' and 'targets'."
         )
-    tokenizer = Tokenizer(tokenizer_path, num_extra_ids)
-    started = time.monotonic()
     report = PreprocessReport()
+    what = "Give JSON lines with strings under 'inputs' and 'targets'."
+    tokenizer = Tokenizer(tokenizer_path, num_extra_ids)
+    return _write_pairs(_pairs(inputs, report), report, output_prefix, tokenizer, workers, what)
+
+
+def preprocess_task(
+    inputs: Sequence[Path],
+    output_prefix: Path,
+    tokenizer_path: Path,
+    task: Task,
+    *,
+    workers: int = 1,
+    num_extra_ids: int = 100,
+) -> PreprocessReport:
+    """`preprocess_pairs` of a task's files: the texts that its templates make of their records.
+
+    Args:
+        inputs: see `read_records`.
+        output_prefix: as there, and so the others.
+        tokenizer_path: a SentencePiece model file.
+        task: what records mean.
+        workers: threads that tokenize.
+        num_extra_ids: sentinels on top of the tokenizer's vocabulary.
+
+    Raises:
+        UserError: if files are missing or damaged or without a usable example.
+    """
+    check_inputs(inputs)
+    report = PreprocessReport()
+    report.input_bytes = sum(path.stat().st_size for path in inputs)
+    what = "Give the files that the task is for, or the task of the files."
+    tokenizer = Tokenizer(tokenizer_path, num_extra_ids)
+    pairs = _task_pairs(inputs, task, report)
+    return _write_pairs(pairs, report, output_prefix, tokenizer, workers, what)
+
+
+def _task_pairs(inputs: Sequence[Path], task: Task, report: PreprocessReport) -> Iterator[_Pair]:
+    for path in inputs:
+        for example in task.examples(path, report.rejections, training=True):
+            yield path, example.line, [example.inputs, example.targets or ""]
+
+
+def _write_pairs(
+    pairs: Iterator[_Pair],
+    report: PreprocessReport,
+    output_prefix: Path,
+    tokenizer: Tokenizer,
+    workers: int,
+    what: str,
+) -> PreprocessReport:
+    """Write the corpora; `what` says what to give if there is no pair."""
+    started = time.monotonic()
     report.prefixes = [companion(output_prefix, f"_{field}") for field in FIELDS]
     dtype = token_dtype(tokenizer.vocab_size)
     writers = [IndexedWriter(prefix, dtype, tokenizer=tokenizer.info) for prefix in report.prefixes]
     try:
         with writers[0], writers[1]:
-            for batch in _batches(inputs, report):
+            while batch := list(islice(pairs, _BATCH)):
                 _write(batch, writers, tokenizer, report, workers)
             if writers[0].num_documents == 0:
                 raise UserError(
-                    f"the inputs hold no usable pair ({report.rejections.summary()}). Give JSON "
-                    "lines with strings under 'inputs' and 'targets'."
+                    f"the inputs hold no usable pair ({report.rejections.summary()}). {what}"
                 )
     except OSError as error:
         raise UserError(f"cannot write the corpus '{output_prefix}': {error.strerror}.") from error
@@ -99,8 +150,7 @@ def _write(
         report.characters += sum(map(len, pair))
 
 
-def _batches(inputs: Sequence[Path], report: PreprocessReport) -> Iterator[list[_Pair]]:
-    batch: list[_Pair] = []
+def _pairs(inputs: Sequence[Path], report: PreprocessReport) -> Iterator[_Pair]:
     for path in inputs:
 
         def advance(count: int) -> None:
@@ -110,14 +160,9 @@ def _batches(inputs: Sequence[Path], report: PreprocessReport) -> Iterator[list[
             if line is not None and not line.strip():
                 continue
             try:
-                batch.append((path, number, _pair_of(line)))
+                yield path, number, _pair_of(line)
             except (ValueError, RecursionError) as error:
                 report.rejections(Rejection(path, number, str(error)))
-            if len(batch) == _BATCH:
-                yield batch
-                batch = []
-    if batch:
-        yield batch
 
 
 def _pair_of(line: bytes | None) -> list[str]:

@@ -7,6 +7,7 @@ PROBE = """
 import importlib.abc, pkgutil, sys
 
 FORBIDDEN = {"transformers", "transformer_engine", "matplotlib", "datasets", "apex"}
+FORBIDDEN |= {"sklearn", "scipy", "rouge_score", "sacrebleu"}
 
 class Refuse(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
