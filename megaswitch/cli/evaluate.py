@@ -85,14 +85,10 @@ def evaluate(
       torchrun --nproc-per-node 8 --no-python megaswitch evaluate runs/base-8 data/corpus_valid
       torchrun --nproc-per-node 8 --no-python megaswitch evaluate runs/xxl data/valid --ep 4 --tp 2
     """
+    _check(data, tasks, output, plot, request)
     if tasks:
-        _check_tasks(data, plot, request)
         _evaluate_tasks(tasks, output, device, as_json, request)
         return
-    if not data:
-        raise click.UsageError("give DATA, or --task NAME=FILES")
-    if output:
-        raise click.UsageError("--output takes predictions, which only --task makes")
     from megaswitch.parallel.mesh import world_size
     from megaswitch.train.evaluate import Request
     from megaswitch.train.evaluate import evaluate as run
@@ -119,8 +115,20 @@ def evaluate(
 _OF_TASKS = ("checkpoint", "samples", "batch_size", "precision", "ep", "tp")
 
 
-def _check_tasks(data: tuple[str, ...], plot: Path | None, request: dict[str, Any]) -> None:
-    """Refuse what says nothing to tasks."""
+def _check(
+    data: tuple[str, ...],
+    tasks: tuple[str, ...],
+    output: Path | None,
+    plot: Path | None,
+    request: dict[str, Any],
+) -> None:
+    """Refuse text and tasks at once, and what says nothing to the one that is given."""
+    if not tasks and not data:
+        raise click.UsageError("give DATA, or --task NAME=FILES")
+    if not tasks and output:
+        raise click.UsageError("--output takes predictions, which only --task makes")
+    if not tasks:
+        return
     given = [key for key, value in request.items() if key not in _OF_TASKS and value is not None]
     given += ["plot"] if plot else []
     if data or given:

@@ -23,8 +23,9 @@ def _padded(text: str) -> str:
 def _stsb(record: Record) -> Rows:
     """The similarity rounded to the nearest fifth, as text."""
     value = record.get("label", record.get("score"))
-    known = value not in (None, "") and float(value) >= 0
-    yield {**record, "similarity": f"{round(float(value) * 5) / 5:.1f}" if known else None}
+    similarity = -1.0 if value in (None, "") else float(str(value))
+    known = similarity >= 0
+    yield {**record, "similarity": f"{round(similarity * 5) / 5:.1f}" if known else None}
 
 
 def _multirc(record: Record) -> Rows:
@@ -39,11 +40,9 @@ def _multirc(record: Record) -> Rows:
     passage = record.get("passage")
     if not isinstance(passage, dict):
         index = record["idx"]
-        yield row(
-            *(record[key] for key in ("question", "answer", "paragraph")),
-            record.get("label"),
-            f"{index['paragraph']}/{index['question']}",
-        )
+        question, answer, paragraph = (record[k] for k in ("question", "answer", "paragraph"))
+        group = f"{index['paragraph']}/{index['question']}"
+        yield row(question, answer, paragraph, record.get("label"), group)
         return
     for question in passage["questions"]:
         for answer in question["answers"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,7 +111,10 @@ class Answerer:
             yield
 
     def _write(self, task: Task, batch: Sequence[Example]) -> list[Answer]:
-        settings = {"max_tokens": task.max_tokens or self.decoder_length, "beams": task.beams}
+        settings: dict[str, Any] = {
+            "max_tokens": task.max_tokens or self.decoder_length,
+            "beams": task.beams,
+        }
         if not batch:
             if self.model.ep.size > 1:
                 accompany(self.model, self.mesh.device, **settings)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megaswitch.checkpoint.manager import find_checkpoint
 from megaswitch.config import RunConfig
@@ -43,7 +43,7 @@ class TaskRequest:
     tasks: Sequence[str]
     samples: int | None = None
     batch_size: int | None = None
-    precision: str | None = None
+    precision: Literal["fp32", "bf16"] | None = None
     output: Path | None = None
     ep: int = 1
     tp: int = 1

@@ -69,7 +69,8 @@ class Exam:
         """Answer all tasks; `task/NAME/FIGURE` of each, and the mean of their scores as `score`."""
         if not self.answerer:
             return {}
-        figures, scores = {}, []
+        figures: dict[str, float] = {}
+        scores = []
         training = self.parts.training
         self.parts.train(False)
         try:

@@ -73,7 +73,10 @@ def _base(source: Path, given: Mapping[str, Any], world_size: int) -> dict[str, 
         base[section] |= {key: before[section][key] for key in keys if key in before[section]}
     base["model"] = before["model"] | base["model"]
     if before["model"]["moe"]["num_experts"]:
-        base["model"]["moe"] = before["model"]["moe"] | {"expert_dropout": _EXPERT_DROPOUT}
+        moe = before["model"]["moe"] | {"expert_dropout": _EXPERT_DROPOUT}
+        if "group_size" in moe:
+            moe["group_size"] = _group(moe["group_size"], base, given)
+        base["model"]["moe"] = moe
     if (checkpoint / "tokenizer.model").is_file():
         base["data"]["tokenizer"] = str(checkpoint / "tokenizer.model")
     tasks = _tasks(given)
@@ -105,6 +108,12 @@ def _tasks(given: Mapping[str, Any]) -> dict[str, str]:
         and isinstance(value, str)
         and not companion(Path(value), "_inputs.idx").is_file()
     }
+
+
+def _group(size: int, base: Mapping[str, Any], given: Mapping[str, Any]) -> int:
+    """The routing group of the pre-training, in whole rows of the length that rows have now."""
+    length = _section(given, "data").get("encoder_length", base["data"]["encoder_length"])
+    return max(1, size // length) * length if type(length) is int and length > 0 else size
 
 
 def _batch(base: Mapping[str, Any], given: Mapping[str, Any], world_size: int) -> int:

@@ -91,7 +91,9 @@ def prepare_tasks(config: RunConfig, mesh: Mesh) -> RunConfig:
                 if isinstance(sources, dict):
                     made[split] = _corpora(sources, tasks, config)
     made = mesh.gather(made)[0]
-    return replace(config, data=replace(config.data, **made))
+    data = config.data
+    train, valid = made.get("train", data.train), made.get("valid", data.valid)
+    return replace(config, data=replace(data, train=train, valid=valid))
 
 
 def _corpora(

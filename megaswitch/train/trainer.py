@@ -88,19 +88,7 @@ class Trainer:
             background=config.checkpoint.background,
             timeout=config.parallel.timeout,
         )
-        newest = next(reversed(checkpoints(manager.folder)), None)
-        with mesh.together():
-            check_same_view(mesh, config, loader, newest)
-            if newest:
-                check_resume(newest, config, loader)
-        if newest:
-            state = manager.restore(newest, parts.weights, optimizer)
-            info(f"resuming from {newest}")
-        else:
-            parts.initialize(config.train.seed)
-            if config.train.init_from:
-                take_weights(Path(config.train.init_from), config, parts, mesh)
-            state = TrainState(step=0, samples=0, fingerprint=loader.fingerprint)
+        state = _first_state(config, mesh, parts, optimizer, manager, loader)
         with mesh.together():
             loader.go_on([Segment(start, tuple(q)) for start, *q in state.mixture], state.samples)
             state = replace(state, mixture=[[s.start, *s.quotas] for s in loader.segments])
@@ -313,6 +301,29 @@ class Trainer:
             "Try a lower optim.learning_rate, a longer warm-up, optim.clip_grad_norm=1.0, or "
             "train.precision='fp32'"
         )
+
+
+def _first_state(
+    config: RunConfig,
+    mesh: Mesh,
+    parts: Parts,
+    optimizer: torch.optim.Optimizer,
+    manager: CheckpointManager,
+    loader: Samples,
+) -> TrainState:
+    """Fill weights and optimizer: from the run's newest checkpoint, from another run, or anew."""
+    newest = next(reversed(checkpoints(manager.folder)), None)
+    with mesh.together():
+        check_same_view(mesh, config, loader, newest)
+        if newest:
+            check_resume(newest, config, loader)
+    if newest:
+        info(f"resuming from {newest}")
+        return manager.restore(newest, parts.weights, optimizer)
+    parts.initialize(config.train.seed)
+    if config.train.init_from:
+        take_weights(Path(config.train.init_from), config, parts, mesh)
+    return TrainState(step=0, samples=0, fingerprint=loader.fingerprint)
 
 
 class _Interrupt:

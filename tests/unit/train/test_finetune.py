@@ -47,6 +47,7 @@ def test_the_defaults_are_the_papers(text_run, tasks):
     assert (config.train.steps, config.train.valid_interval) == (16_000, 200)
     assert config.data.tasks == {"first": "pairs"}
     assert (model.d_model, model.moe.num_experts, model.vocab_size) == (32, 4, 512)
+    assert finetune_config(None, [*options, "--data.encoder_length=48"]).model.moe.group_size == 96
     changed = finetune_config(None, [*options, "--model.moe.expert_dropout=0.2"])
     assert changed.model.moe.expert_dropout == 0.2
 
