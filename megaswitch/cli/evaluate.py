@@ -89,7 +89,7 @@ def evaluate(
     if tasks:
         _evaluate_tasks(tasks, output, device, as_json, request)
         return
-    from megaswitch.parallel.mesh import world_size
+    from megaswitch.parallel.launcher import world_size
     from megaswitch.train.evaluate import Request
     from megaswitch.train.evaluate import evaluate as run
     from megaswitch.train.plots import check_plot, plot_evaluation
@@ -141,7 +141,7 @@ def _evaluate_tasks(
 ) -> None:
     from rich.table import Table
 
-    from megaswitch.parallel.mesh import world_size
+    from megaswitch.parallel.launcher import world_size
     from megaswitch.train.evaluate_tasks import TaskRequest, evaluate_tasks
 
     kept = {key: request[key] for key in _OF_TASKS}

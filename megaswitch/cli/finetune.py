@@ -55,7 +55,7 @@ def finetune(config: tuple[str, ...], source: str | None, show: bool) -> None:
     if source:
         overrides.append(f"--train.init_from={source}")
     from megaswitch.config import to_toml
-    from megaswitch.parallel.mesh import world_size
+    from megaswitch.parallel.launcher import world_size
     from megaswitch.train.finetune import finetune_config, headline
 
     path = PATH.convert(files[0], None, None) if files else None
