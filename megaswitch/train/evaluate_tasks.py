@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -138,7 +139,7 @@ def evaluate_tasks(
     request, config = plan.request, plan.config
     with mesh.together():
         tokenizer = checkpoint_tokenizer(find_checkpoint(plan.checkpoint), None)
-    check_same("examples", [[e.inputs for e in one.examples] for one in plan.sets], mesh)
+    check_same("examples", [_digest(one) for one in plan.sets], mesh)
     parts, _ = load_trained(plan.checkpoint, config, mesh)
     answerer = Answerer(
         model=parts.models[0],
@@ -165,6 +166,14 @@ def evaluate_tasks(
                 if request.output and mesh.rank == 0:
                     _write(request.output / f"{one.name}.jsonl", one, answers)
     return results
+
+
+def _digest(one: TaskSet) -> str:
+    """Equal where the examples are."""
+    digest = hashlib.sha256()
+    for e in one.examples:
+        digest.update(json.dumps([e.inputs, e.references, e.choices, e.label, e.group]).encode())
+    return digest.hexdigest()
 
 
 def _write(path: Path, one: TaskSet, answers: Iterable[Answer]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megaswitch.checkpoint.manager import checkpoints
 from megaswitch.config import RunConfig
 from megaswitch.log import info
 from megaswitch.parallel.mesh import Mesh
@@ -22,7 +23,7 @@ def launch(config: RunConfig) -> bool:
     """
     check_trainable(config)
     run_tasks(config)
-    if config.train.init_from:
+    if config.train.init_from and not checkpoints(Path(config.train.run_dir) / "checkpoints"):
         check_start(Path(config.train.init_from), config)
     mesh = Mesh.start(config.train.device, config.parallel)
     with watch(mesh, config.parallel.timeout) as watchdog:
