@@ -261,7 +261,7 @@ class Trainer:
                 "space there and start the same command again"
             )
 
-    def _save(self, *, wait: bool, best: bool) -> str:
+    def _save(self, *, wait: bool, best: bool = False) -> str:
         """Save; in the background, unless it is to be waited for. Says what happened."""
         path = self.checkpoints.save(
             self.config, self.state, self.parts.weights, self.optimizer, best=best
