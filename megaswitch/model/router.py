@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import register_dataclass
 
 from megaswitch.config import ModelConfig
 from megaswitch.layers.norm import at_least_fp32
@@ -60,6 +61,10 @@ class Routing:
     aux_loss: Tensor
     z_loss: Tensor
     slots: int | None
+
+
+# FSDP2 of torch 2.11 finds the tensors of an output only if it is a pytree.
+register_dataclass(Routing)
 
 
 def expert_capacity(group_tokens: int, num_experts: int, factor: float, minimum: int) -> int:

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_dataclass
 from torch.utils.checkpoint import checkpoint
 
 from megaswitch.config import ModelConfig
@@ -91,6 +92,9 @@ class SwitchOutput:
     aux_loss: Tensor
     z_loss: Tensor
     routing: dict[str, LayerRouting]
+
+
+register_dataclass(SwitchOutput)  # as `Routing` is
 
 
 @dataclass

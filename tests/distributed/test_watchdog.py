@@ -135,7 +135,7 @@ def test_where_rank_zero_holds_the_store_its_death_is_told_by_each_rank(tmp_path
         for rank in range(4)
     ]
     errors = [process.communicate(timeout=90)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [-signal.SIGKILL, 1, 1, 1]
+    assert [process.returncode for process in ranks] == [-signal.SIGKILL, 1, 1, 1], errors
     for rank in (1, 2, 3):
         (message,) = messages(errors[rank])
         assert message.startswith("rank 0 or its node is gone, as the store there does not answer")
