@@ -155,7 +155,8 @@ def test_adapters_merge_into_a_plain_run(tuning, tmp_path):
         with pytest.raises(UserError, match=r"exists already|no adapters"):
             merge_checkpoint(tmp_path / name, tmp_path / "tuned")
     with pytest.raises(UserError, match="merge them first"):
-        launch(finetune_config(None, [f"--train.init_from={tmp_path}/tuned", *tuning[1:]]))
+        again = [f"--train.init_from={tmp_path}/tuned", f"--train.run_dir={tmp_path}/again"]
+        launch(finetune_config(None, [*again, *tuning[2:]]))
 
 
 def test_what_cannot_work_is_refused_at_once(text_run, tuning, tmp_path):
