@@ -18,14 +18,11 @@ from megaswitch.parallel.mesh import Mesh
 from megaswitch.train.parts import Parts
 from megaswitch.train.trained import check_same
 
-# What a run may choose anew: no weight depends on it.
-_FREE = (
-    *("model.preset", "model.dropout", "model.init_scale", "model.lora."),
-    *("model.moe.capacity_mode", "model.moe.group_size", "model.moe.train_capacity_factor"),
-    *("model.moe.eval_capacity_factor", "model.moe.min_capacity", "model.moe.hf_capacity"),
-    *("model.moe.jitter", "model.moe.aux_loss_", "model.moe.z_loss_weight"),
-    "model.moe.expert_dropout",
-)
+# What a run may choose anew: no weight depends on it. Of the experts, all but these.
+_FREE = ("model.preset", "model.dropout", "model.init_scale", "model.lora.")
+_EXPERTS = "model.moe."
+_KEPT = ("num_experts", "encoder_sparse_step", "decoder_sparse_step", "feed_forward", "attention",
+         "router")  # fmt: skip
 
 
 def check_start(source: Path, config: RunConfig) -> Path:
@@ -49,6 +46,7 @@ def check_start(source: Path, config: RunConfig) -> Path:
         line
         for key, line in differences(before, config)
         if key.startswith("model.") and not key.startswith(_FREE)
+        if not key.startswith(_EXPERTS) or key.removeprefix(_EXPERTS) in _KEPT
     ]
     if other:
         raise UserError(

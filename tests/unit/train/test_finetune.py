@@ -154,9 +154,10 @@ def test_adapters_merge_into_a_plain_run(tuning, tmp_path):
     for name in ("tuned", "merged"):
         with pytest.raises(UserError, match=r"exists already|no adapters"):
             merge_checkpoint(tmp_path / name, tmp_path / "tuned")
+    again = [f"--train.init_from={tmp_path}/tuned", f"--train.run_dir={tmp_path}/again"]
+    config = finetune_config(None, [*again, *tuning[2:]])
     with pytest.raises(UserError, match="merge them first"):
-        again = [f"--train.init_from={tmp_path}/tuned", f"--train.run_dir={tmp_path}/again"]
-        launch(finetune_config(None, [*again, *tuning[2:]]))
+        launch(config)
 
 
 def test_what_cannot_work_is_refused_at_once(text_run, tuning, tmp_path):
