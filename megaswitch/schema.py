@@ -17,6 +17,25 @@ from megaswitch.schema_moe import MoEConfig
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class LoRAConfig:
+    """Low-rank adapters: W x + alpha / rank · B A x, with B = 0 at the start (arXiv 2106.09685).
+
+    Unless `optim.train_only` or `optim.freeze` say otherwise, they alone are trained.
+    """
+
+    rank: int = Field(default=0, ge=0, description="rank of the adapters; 0: none")
+    alpha: float = Field(
+        default=16.0, gt=0, description="their scale is alpha / rank",
+        json_schema_extra=only_if("model.lora.rank"),
+    )  # fmt: skip
+    targets: list[str] = Field(
+        default_factory=lambda: ["*attention.*"],
+        description="patterns of the linear maps that get one, such as *attention.q, *.experts.*",
+        json_schema_extra=only_if("model.lora.rank"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelConfig:
     """Shape of the encoder-decoder (paper, Table 9)."""
 
@@ -44,6 +63,7 @@ class ModelConfig:
         default=0.1, gt=0, description="s in σ = √(s / fan-in) of FFNs, experts, router, head"
     )
     moe: MoEConfig = Field(default_factory=MoEConfig)
+    lora: LoRAConfig = Field(default_factory=LoRAConfig)
 
     def is_sparse(self, stack: Literal["encoder", "decoder"], index: int) -> bool:
         """True if layer `index` (from 0) of `stack` has experts (Flaxformer's placement)."""
@@ -99,6 +119,14 @@ class OptimConfig:
         json_schema_extra=only_if("optim.schedule", "linear", "cosine", "wsd"),
     )
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled; matrices only")
+    train_only: list[str] | None = Field(
+        default=None,
+        description="patterns of the parameters to train, such as decoder.*; unset: all, or with "
+        "model.lora.rank the adapters",
+    )
+    freeze: list[str] | None = Field(
+        default=None, description="patterns of parameters that keep their values"
+    )
     clip_grad_norm: float | None = Field(default=None, gt=0, description="global norm; unset: off")
     beta1: float = Field(
         description="decay of the first moment",
@@ -167,6 +195,9 @@ class TrainConfig:
     """The loop. Batch sizes count sequences."""
 
     run_dir: str = Field(default="runs/run", description="metrics, config and checkpoints")
+    init_from: str | None = Field(
+        default=None, description="checkpoint or run to take the first weights from; unset: random"
+    )
     steps: int = Field(default=1000, gt=0, description="optimizer steps in all")
     seed: int = Field(default=0, ge=0, description="of weights, data order and noise")
     batch_size: int = Field(default=64, gt=0, description="sequences per optimizer step, all ranks")
@@ -201,8 +232,13 @@ class TrainConfig:
     valid_samples: int = Field(
         default=256,
         gt=0,
-        description="held-out sequences per validation",
+        description="held-out sequences, and examples of each task, per validation",
         json_schema_extra=only_if("data.valid"),
+    )
+    valid_metrics: bool = Field(
+        default=True,
+        description="score the held-out examples of tasks by their metrics, not the loss alone",
+        json_schema_extra=all_of(only_if("data.valid"), only_if("data.tasks")),
     )
 
 
@@ -268,6 +304,12 @@ class CheckpointConfig:
 
     interval: int | None = Field(default=None, gt=0, description="steps between; unset: end only")
     keep: int = Field(default=2, gt=0, description="newest checkpoints kept")
+    keep_best: bool = Field(
+        default=False,
+        description="also keep checkpoints/best, of the highest score of the tasks or, without "
+        "tasks, of the lowest validation loss",
+        json_schema_extra=only_if("data.valid"),
+    )
     background: bool = Field(
         default=True, description="train on while a copy of the state is being written"
     )

@@ -30,6 +30,8 @@ from megaswitch.cli.common import PATH, echo
     help='Fields "inputs" and "targets" instead of "text"; writes PREFIX_inputs and '
     "PREFIX_targets, for data.objective=text-to-text.",
 )
+@click.option("--task", metavar="NAME", help="Pairs of a task's files: a public task or a TOML "
+              "file; see megaswitch finetune.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON, with counts per input.")
 def preprocess(
     inputs: tuple[Path, ...],
@@ -40,6 +42,7 @@ def preprocess(
     valid_fraction: float,
     seed: int,
     pairs: bool,
+    task: str | None,
     as_json: bool,
 ) -> None:
     """Turn text into the `.bin` and `.idx` files that training reads.
@@ -50,11 +53,15 @@ def preprocess(
     Example: megaswitch preprocess corpus.jsonl.gz --tokenizer spm.model --output data/corpus
     """
     from megaswitch.data.preprocess import preprocess as run
+    from megaswitch.data.task_pairs import preprocess_task
+    from megaswitch.data.tasks import find_task
     from megaswitch.data.text_to_text import preprocess_pairs
 
-    if pairs:
-        if valid_fraction or seed or text_field != "text":
-            raise click.UsageError("--pairs keeps all pairs in their order; leave out the others")
+    if (pairs or task) and (valid_fraction or seed or text_field != "text"):
+        raise click.UsageError("pairs keep their order and their fields; leave out the others")
+    if task:
+        report = preprocess_task(list(inputs), output, model, find_task(task), workers=workers)
+    elif pairs:
         report = preprocess_pairs(list(inputs), output, model, workers=workers)
     else:
         report = run(

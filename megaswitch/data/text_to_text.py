@@ -51,9 +51,19 @@ def preprocess_pairs(
     """
     check_inputs(inputs, FIELDS)
     _check_formats(inputs)
-    tokenizer = Tokenizer(tokenizer_path, num_extra_ids)
-    encoder = Encoder(tokenizer, FIELDS, append_eos=False, sentinels=True)
     started = time.monotonic()
+    tokenizer = Tokenizer(tokenizer_path, num_extra_ids)
+    report = write_pairs(inputs, output_prefix, tokenizer, workers=workers)
+    report.seconds = time.monotonic() - started
+    info(str(report))
+    return report
+
+
+def write_pairs(
+    inputs: Sequence[Path], output_prefix: Path, tokenizer: Tokenizer, *, workers: int
+) -> PreprocessReport:
+    """The work of `preprocess_pairs` on files that are checked."""
+    encoder = Encoder(tokenizer, FIELDS, append_eos=False, sentinels=True)
     report = PreprocessReport(
         prefixes=[companion(output_prefix, f"_{field}") for field in FIELDS],
         inputs=[InputCounts(str(path), path.stat().st_size) for path in inputs],
@@ -77,8 +87,6 @@ def preprocess_pairs(
         check_usable(report, "pair", "'inputs' and 'targets'")
     if report.rejections.count:
         report.rejected_file = rejected_path
-    report.seconds = time.monotonic() - started
-    info(str(report))
     return report
 
 

@@ -16,6 +16,7 @@ from megaswitch.layers.noise import Noise, dropout
 from megaswitch.layers.norm import RMSNorm
 from megaswitch.layers.parameter import Init, initialize, scaled
 from megaswitch.layers.vocab import Embedding, Head, tied_logits
+from megaswitch.model.adapters import add_adapters
 from megaswitch.model.blocks import Block
 from megaswitch.model.router import Routing
 from megaswitch.parallel import expert_parallel
@@ -242,6 +243,8 @@ class SwitchTransformer(nn.Module):
         if not config.tie_embeddings:
             init = scaled(config.init_scale, config.d_model)
             self.head = Head(config.vocab_size, config.d_model, init)
+        if config.lora.rank:
+            add_adapters(self, config.lora)
 
     def initialize(self, seed: int) -> SwitchTransformer:
         """Fill all parameters, each from its own stream of `seed`, and return the model."""

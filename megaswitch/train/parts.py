@@ -27,6 +27,7 @@ from megaswitch.parallel.shard import ShardSpec
 from megaswitch.parallel.tensor_parallel import TensorParallel
 from megaswitch.parallel.weights import Weight
 from megaswitch.train.objectives import PRECISIONS
+from megaswitch.train.trainable import freeze
 
 
 @dataclass
@@ -96,6 +97,8 @@ def build_parts(
                     model = SwitchTransformer(config.model)
             else:
                 model = keep_only(meta_model(config.model), stage)
+            if training:
+                freeze(model, config, stage if mesh.axis("pp").size > 1 else None)
             inits |= {n: p.init for n, p in model.named_parameters()}  # type: ignore[attr-defined]
             specs |= slice_parameters(model, mesh)
             _join(model, config, mesh)

@@ -148,6 +148,10 @@ class Training:
         held = {}
         for name, w in self.parts.weights.items():
             tensor = w.local.grad if what == "gradients" else w.local.detach()
+            if what == "gradients" and not w.parameter.requires_grad:
+                assert w.parameter.grad is None, f"{name} is frozen and has a gradient"
+                assert tensor is None
+                continue
             assert tensor is not None
             held[name] = Held(w.block.shape, w.block.slices, tensor.clone())
         return held
