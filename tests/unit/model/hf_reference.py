@@ -21,7 +21,8 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 )
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from megaswitch.checkpoint.huggingface import config_from_hf, from_hf, to_hf
+from megaswitch.checkpoint.huggingface import from_hf, to_hf
+from megaswitch.checkpoint.huggingface_config import config_from_hf
 from megaswitch.layers.vocab import token_losses
 from megaswitch.model.switch_transformer import SwitchOutput, SwitchTransformer
 
