@@ -237,8 +237,8 @@ def _check_counts(checkpoint: Path, model: ModelConfig, stored: Mapping[str, Sto
     if layers > len(stored) or model.moe.num_experts > experts:
         raise UserError(
             f"config.toml of {checkpoint} says {layers} layers and {model.moe.num_experts} "
-            f"experts, and its files hold {len(stored)} tensors, stacks of at most {experts}; they do not "
-            "belong together"
+            f"experts, and its files hold {len(stored)} tensors, stacks of at most {experts}; they "
+            "do not belong together"
         )
 
 

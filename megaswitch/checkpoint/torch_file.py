@@ -1,8 +1,8 @@
 """Old `.bin` files of Hugging Face: a zip of raw tensors beside a pickle that only names them.
 
 The pickle is looked through before torch reads it, by torch's own restricted reader and with the
-tensors mapped rather than loaded. Only what builds dense tensors of floats passes; torch's list also
-has `bytearray`, for one, with which a file of a few bytes can ask for any amount of memory.
+tensors mapped rather than loaded. Only what builds dense tensors of floats passes; torch's list
+also has `bytearray`, for one, with which a file of a few bytes can ask for any amount of memory.
 """
 
 from __future__ import annotations

@@ -117,6 +117,21 @@ def import_hf(src: Path, dst: Path, **options: Any) -> None:
     _report(time.monotonic(), run(src, dst, _read(options)))
 
 
+@convert.command("import-t5x")
+@_options
+def import_t5x(src: Path, dst: Path, **options: Any) -> None:
+    """Write a checkpoint of a T5X model: Switch, T5 v1.1, mT5.
+
+    SRC is a folder checkpoint_N of msgpack and zarr, as T5X and Flaxformer write and Google has
+    published. Needs the extra t5x. T5X keeps the tokenizer elsewhere: give it by --tokenizer.
+
+    Example: megaswitch convert import-t5x checkpoint_500100/ base-8/ --tokenizer spiece.model
+    """
+    from megaswitch.checkpoint.t5x import import_t5x as run
+
+    _report(time.monotonic(), run(src, dst, _read(options)))
+
+
 @convert.command("export-hf")
 @_options
 @click.option(
