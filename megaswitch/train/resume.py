@@ -19,6 +19,13 @@ _MAY_CHANGE = (
     *("train.activation_checkpointing", "train.log_interval"),
     *("train.valid_interval", "train.valid_samples"),
 )
+# Of a model that was imported, what its parameters and their meaning hang on. Routing and dropout
+# are the new run's choice.
+_ARCHITECTURE = (
+    *("model.vocab_size", "model.d_", "model.num_", "model.activation", "model.tie_embeddings"),
+    *("model.relative_", "model.norm_epsilon", "model.moe.num_experts"),
+    *("model.moe.encoder_sparse_step", "model.moe.decoder_sparse_step"),
+)
 
 
 def check_same_view(mesh: Mesh, config: RunConfig, loader: Samples, newest: Path | None) -> None:
@@ -42,19 +49,23 @@ def check_same_view(mesh: Mesh, config: RunConfig, loader: Samples, newest: Path
 
 
 def check_resume(path: Path, config: RunConfig, loader: Samples) -> None:
-    """Refuse to go on from `path` if that would be another run: other configuration or data."""
+    """Refuse to go on from `path` if that would be another run: other configuration or data.
+
+    An imported model is where a run begins, with data and recipe of its own.
+    """
+    trained_on = read_state(path)["state"]["fingerprint"]
+    untrained = trained_on == ""  # a conversion wrote it
     changed = [
         line
         for key, line in differences(read_config(path), config)
-        if not key.startswith(_MAY_CHANGE)
+        if (key.startswith(_ARCHITECTURE) if untrained else not key.startswith(_MAY_CHANGE))
     ]
     if changed:
         raise UserError(
             f"{path} was written under another configuration: {'; '.join(changed)}. Use the same "
             "values, or another train.run_dir for a new run"
         )
-    trained_on = read_state(path)["state"]["fingerprint"]
-    if trained_on != loader.fingerprint:
+    if not untrained and trained_on != loader.fingerprint:
         raise UserError(
             f"{path} was trained on other data (fingerprint {trained_on}) than data.train="
             f"{config.data.train!r} ({loader.fingerprint}); give the same data or another "

@@ -90,6 +90,7 @@ class Trainer:
                 check_resume(newest, config, loader)
         if newest:
             state = manager.restore(newest, parts.weights, optimizer)
+            state = replace(state, fingerprint=loader.fingerprint)  # an imported model has none
             info(f"resuming from {newest}")
         else:
             parts.initialize(config.train.seed)

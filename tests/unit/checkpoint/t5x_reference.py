@@ -68,7 +68,7 @@ def _layer(state: Mapping[str, Tensor], stack: str, i: int) -> dict[str, Tensor]
 
 
 def scanned(tree: Mapping[str, np.ndarray], heads: int) -> dict[str, np.ndarray]:
-    """The same as T5X's scalable models have it: layers on axis 1, heads on an axis of their own."""
+    """The same as T5X's scalable models have it: layers on axis 1, heads on one of their own."""
     result = {key: value for key, value in tree.items() if "/layers_" not in key}
     for stack in ("encoder", "decoder"):
         prefix = f"{stack}/layers_0/"
