@@ -245,18 +245,19 @@ def _values(chunk: Chunk, sources: Sequence[Source], advance: Advance) -> Iterat
 
 
 def _checked(name: str, piece: Tensor, dtype: torch.dtype) -> Tensor:
-    # One pass that makes no mask; NaN and infinity survive the product with 0.
-    if not (piece.to(torch.float32) if piece.itemsize < 4 else piece).mul(0).sum().isfinite():
+    low, high = piece.aminmax()  # one pass, no mask; both are NaN if any value is
+    if not (low.isfinite() and high.isfinite()):
         raise UserError(
             f"{name} holds NaN or infinity, so no model can compute with it; use a checkpoint from "
             "before they arose"
         )
-    result = piece.to(dtype)
-    if dtype == torch.float16 and piece.dtype != dtype and not result.isfinite().all():
+    largest = max(-low.item(), high.item())
+    if largest > torch.finfo(dtype).max:
         raise UserError(
-            f"{name} holds values up to {piece.abs().max():.3g}, and fp16 ends at 65504; use bf16"
+            f"{name} holds values up to {largest:.3g}, and {dtype} ends at "
+            f"{torch.finfo(dtype).max:.4g}; use --dtype bf16, or fp32"
         )
-    return result
+    return piece.to(dtype)
 
 
 def check_equal(first: Source, second: Source, difference: UserError) -> None:

@@ -187,7 +187,9 @@ def test_numbers_that_fp16_lacks_are_refused(tmp_path):
     with torch.no_grad():
         hf.shared.weight[3, 3] = 70_000.0
     hf.save_pretrained(tmp_path / "hf")
-    with pytest.raises(UserError, match=r"shared.weight holds values up to 7e\+04.*use bf16"):
+    with pytest.raises(
+        UserError, match=r"shared.weight holds values up to 7e\+04.*use --dtype bf16"
+    ):
         import_hf(tmp_path / "hf", tmp_path / "ours", Options(dtype="fp16"))
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
