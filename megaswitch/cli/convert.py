@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from megaswitch.cli.common import echo
+from megaswitch.cli.common import PATH, echo
 from megaswitch.log import UserError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _options(command: Any) -> Any:
     """What all conversions take."""
     for option in (
         click.option(
-            "--tokenizer", type=LOCATION, help="SentencePiece model to take along, if not SRC's."
+            "--tokenizer", type=PATH, help="SentencePiece model to take along, if not SRC's."
         ),
         click.option(
             "--shard-size",
