@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from megaswitch.rules_moe import check_moe
 from megaswitch.rules_parallel import check_parallel, data_parallel_ranks
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ def check(config: RunConfig, world_size: int = 1) -> list[str]:
     """Problems between keys, each with value, rule and remedy. Needs no process group."""
     return [
         *_check_model(config.model),
+        *check_moe(config),
         *check_parallel(config, world_size),
         *_check_batch(config, world_size),
         *_check_groups(config),

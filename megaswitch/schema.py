@@ -1,85 +1,19 @@
 """Every configuration key, as frozen dataclasses with their types, bounds and defaults.
 
-Those of `data` are in `schema_data.py`; `schema_keys.py` says how keys are declared.
+Those of `data` are in `schema_data.py`, those of `model.moe` in `schema_moe.py`; `schema_keys.py`
+says how keys are declared.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megaswitch.schema_data import DataConfig
 from megaswitch.schema_keys import STRICT, all_of, only_if
-
-
-def _switch_only(default: Any, description: str, **rules: Any) -> Any:
-    extra = rules.pop("json_schema_extra", only_if("model.moe.num_experts"))
-    return Field(default=default, description=description, json_schema_extra=extra, **rules)
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class MoEConfig:
-    """The Switch layers. With `num_experts` 0 the model is a dense T5. Source: paper §2."""
-
-    num_experts: int = Field(default=0, ge=0, description="experts per Switch layer; 0: dense")
-    encoder_sparse_step: int = _switch_only(
-        2, "every n-th encoder layer (n-1, 2n-1, …) is sparse; 0: none", ge=0
-    )
-    decoder_sparse_step: int = _switch_only(
-        2, "every n-th decoder layer (n-1, 2n-1, …) is sparse; 0: none", ge=0
-    )
-    capacity_mode: Literal["group", "hf", "dropless"] = _switch_only(
-        "group", "group: the paper's; hf: fixed slots per row and expert; dropless: no limit"
-    )
-    group_size: int = _switch_only(
-        1024,
-        "encoder tokens routed together; a group holds group_size / encoder_length whole rows",
-        gt=0,
-        json_schema_extra=only_if("model.moe.capacity_mode", "group", "dropless"),
-    )
-    train_capacity_factor: float = _switch_only(
-        1.25,
-        "slots per expert in training, as a multiple of an even share",
-        gt=0,
-        json_schema_extra=only_if("model.moe.capacity_mode", "group"),
-    )
-    eval_capacity_factor: float = _switch_only(
-        2.0,
-        "the same in evaluation",
-        gt=0,
-        json_schema_extra=only_if("model.moe.capacity_mode", "group"),
-    )
-    min_capacity: int = _switch_only(
-        4,
-        "fewest slots per expert and group",
-        ge=0,
-        json_schema_extra=only_if("model.moe.capacity_mode", "group"),
-    )
-    hf_capacity: int = _switch_only(
-        64,
-        "slots per row and expert (HF's expert_capacity)",
-        gt=0,
-        json_schema_extra=only_if("model.moe.capacity_mode", "hf"),
-    )
-    jitter: float = _switch_only(
-        1e-2, "router input is multiplied by U(1-jitter, 1+jitter) in training", ge=0, lt=1
-    )
-    aux_loss_weight: float = _switch_only(1e-2, "weight α of the load-balancing loss", ge=0)
-    aux_loss_reduction: Literal["sum", "mean"] = _switch_only(
-        "sum", "over layers: sum as Mesh-TF (the paper's code), mean as T5X"
-    )
-    aux_loss_padding: Literal["scaled", "excluded"] = _switch_only(
-        "scaled",
-        "scaled: padding counts, the loss is scaled by the rest's share (Mesh-TF); "
-        "excluded: padding does not count",
-    )
-    z_loss_weight: float = _switch_only(0.0, "weight of the router z-loss (ST-MoE; 0: off)", ge=0)
-    expert_dropout: float | None = _switch_only(
-        None, "dropout inside the experts; unset: model.dropout (the paper fine-tunes with 0.4)",
-        ge=0, lt=1,
-    )  # fmt: skip
+from megaswitch.schema_moe import MoEConfig
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -112,18 +46,22 @@ class ModelConfig:
     moe: MoEConfig = Field(default_factory=MoEConfig)
 
     def is_sparse(self, stack: Literal["encoder", "decoder"], index: int) -> bool:
-        """True if layer `index` (from 0) of `stack` is a Switch layer (Flaxformer's placement)."""
+        """True if layer `index` (from 0) of `stack` has experts (Flaxformer's placement)."""
         step = self.moe.encoder_sparse_step if stack == "encoder" else self.moe.decoder_sparse_step
         return self.moe.num_experts > 0 and step > 0 and index % step == step - 1
 
+    def sparse_parts(self, stack: Literal["encoder", "decoder"], index: int) -> tuple[str, ...]:
+        """Parts of a layer that are mixtures of experts: "self_attention", "ffn", both or none."""
+        return self.moe.parts if self.is_sparse(stack, index) else ()
+
     def switch_layers(self) -> list[str]:
-        """Names of the Switch layers, such as `encoder.1.ffn`."""
+        """Names of the mixtures of experts, such as `encoder.1.ffn`, in order."""
         stacks: tuple[Literal["encoder", "decoder"], ...] = ("encoder", "decoder")
         return [
-            f"{stack}.{index}.ffn"
+            f"{stack}.{index}.{part}"
             for stack in stacks
             for index in range(self.num_layers(stack))
-            if self.is_sparse(stack, index)
+            for part in self.sparse_parts(stack, index)
         ]
 
     def num_layers(self, stack: Literal["encoder", "decoder"]) -> int:
@@ -245,7 +183,8 @@ class TrainConfig:
         json_schema_extra=only_if("train.rampup_batch_size"),
     )  # fmt: skip
     precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="bf16: autocast over fp32 weights; the router stays fp32"
+        default="fp32",
+        description="bf16: autocast over fp32 weights; routers follow model.moe.router_precision",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: CUDA where there is one"

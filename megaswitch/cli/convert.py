@@ -143,9 +143,10 @@ def import_t5x(src: Path, dst: Path, **options: Any) -> None:
 def export_hf(src: Path, dst: Path, capacity: int | str | None, **options: Any) -> None:
     """Write a checkpoint, or the newest of a run, as a Hugging Face model with its tokenizer.
 
-    What HF cannot express is refused: gated experts, sparse layers other than all or every second.
-    init_scale, expert_dropout, aux_loss_reduction and aux_loss_padding, which act in training
-    alone, have no place there and are left out.
+    What HF cannot express is refused: gated experts, other routers, sparse layers other than all or
+    every second.
+    init_scale, expert_dropout, exploration but for jitter, aux_loss_reduction and aux_loss_padding,
+    which act in training alone, have no place there and are left out.
 
     Example: megaswitch convert export-hf runs/base-8 base-8-hf/ --capacity dropless --dtype bf16
     """

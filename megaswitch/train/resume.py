@@ -24,7 +24,7 @@ _MAY_CHANGE = (
 _ARCHITECTURE = (
     *("model.vocab_size", "model.d_", "model.num_", "model.activation", "model.tie_embeddings"),
     *("model.relative_", "model.norm_epsilon", "model.moe.num_experts"),
-    *("model.moe.encoder_sparse_step", "model.moe.decoder_sparse_step"),
+    *("model.moe.encoder_sparse_step", "model.moe.decoder_sparse_step", "model.moe.attention"),
 )
 
 
