@@ -156,7 +156,7 @@ class CheckpointManager:
             verify(path, sorted(metadata["files"])[self.mesh.rank :: self.mesh.size])
         state = TrainState(**metadata["state"])
         with self.mesh.together():
-            stored = read_headers(_tensor_files(path))
+            stored = read_headers(tensor_files(path))
             read_chunks(path, stored, model_chunks(weights))
             if state.step:  # before the first step there is nothing to remember
                 states = make_states(weights, optimizer, path, stored)
@@ -243,13 +243,22 @@ class CheckpointManager:
             sync(aside / "tokenizer.model")
         write_durably(aside / "config.toml", to_toml(config))
         files = sums | _sums(p for p in aside.iterdir() if p.name not in sums)
-        content = {"format": FORMAT, "state": asdict(state), "files": files}
-        write_durably(aside / "state.json", json.dumps(content, indent=1))
+        write_durably(aside / "state.json", state_json(state, files))
         sync(aside)
         if final.exists():  # the same step, saved before a resume from an older one
             _discard(final)
         aside.rename(final)
         sync(self.folder)
+
+
+def state_json(state: TrainState, files: dict[str, dict[str, Any]]) -> str:
+    """The content of `state.json`, which `read_state` reads.
+
+    Args:
+        state: of the run.
+        files: size and SHA-256 of every other file of the checkpoint, as `write_chunks` returns.
+    """
+    return json.dumps({"format": FORMAT, "state": asdict(state), "files": files}, indent=1)
 
 
 def _sums(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
@@ -383,8 +392,9 @@ def load_model_tensors(
     group = dist.group.WORLD if distributed else None
     rank, size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     with Mesh(rank, size, torch.device("cpu"), group).together():
-        read_chunks(path, read_headers(_tensor_files(path)), model_chunks(model))
+        read_chunks(path, read_headers(tensor_files(path)), model_chunks(model))
 
 
-def _tensor_files(path: Path) -> list[Path]:
+def tensor_files(path: Path) -> list[Path]:
+    """The files of a checkpoint that hold tensors."""
     return sorted(path.glob("*.safetensors"))

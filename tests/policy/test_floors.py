@@ -10,6 +10,7 @@ FLOORS = [
     {
         "log",
         "files",
+        "storage",
         "presets",
         "schema",
         "schema_data",
