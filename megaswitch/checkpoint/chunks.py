@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -73,14 +73,25 @@ def shares(held: Sequence[Sequence[Place]]) -> list[set[str]]:
         for place in places:
             if math.prod(place[3]):
                 holders[place].append(rank)
+    writes = share_out(holders, len(held))
+    return [{place[0] for place in mine} for mine in writes]
+
+
+def share_out(holders: Mapping[Place, Sequence[int]], ranks: int) -> list[list[Place]]:
+    """Give each part, none of them empty, to one of the ranks that hold it, evenly by bytes."""
     _check_cover(holders)
-    load = [0] * len(held)
-    writes: list[set[str]] = [set() for _ in held]
+    load = [0] * ranks
+    writes: list[list[Place]] = [[] for _ in range(ranks)]
     for place in sorted(holders, key=lambda place: (-place[4], place)):
         rank = min(holders[place], key=lambda rank: load[rank])
         load[rank] += place[4]
-        writes[rank].add(place[0])
+        writes[rank].append(place)
     return writes
+
+
+def shard_name(rank: int, ranks: int) -> str:
+    """The file of a rank."""
+    return f"shard-{rank + 1:05d}-of-{ranks:05d}.safetensors"
 
 
 def _check_cover(places: Iterable[Place]) -> None:
@@ -128,10 +139,9 @@ def write_streamed(
     Returns:
         the file's length in bytes and its SHA-256.
     """
-    head = _header(chunks, placed)
     digest, length = hashlib.sha256(), 0
     with writing(path) as file:
-        start = memoryview(len(head).to_bytes(8, "little") + head)
+        start = memoryview(file_head(chunks, placed=placed))
         for data in chain([start], values):
             for at in range(0, len(data), _PIECE_BYTES):
                 piece = data[at : at + _PIECE_BYTES]
@@ -142,8 +152,11 @@ def write_streamed(
     return {"bytes": length, "sha256": digest.hexdigest()}
 
 
-def _header(chunks: Sequence[Chunk], placed: bool) -> bytes:
-    """The JSON that a safetensors file begins with, padded to a multiple of 8 bytes."""
+def file_head(chunks: Sequence[Chunk], *, placed: bool = True) -> bytes:
+    """What a safetensors file of the chunks, in this order, begins with; their values follow.
+
+    It is JSON, padded to a multiple of 8 bytes, after its length.
+    """
     metadata = {"format": "pt"}
     if placed:
         places = {chunk.name: {"saved_offsets": chunk.offsets} for chunk in chunks}
@@ -159,7 +172,8 @@ def _header(chunks: Sequence[Chunk], placed: bool) -> bytes:
         }
         start = end
     text = json.dumps(head, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

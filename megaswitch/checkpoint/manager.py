@@ -28,8 +28,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megaswitch.checkpoint.chunks import Chunk, Place, shares, write_chunks
+from megaswitch.checkpoint.chunks import Chunk, Place, shard_name, shares, write_chunks
 from megaswitch.checkpoint.contents import make_states, model_chunks, optimizer_chunks
+from megaswitch.checkpoint.integrity import damaged_checkpoint, misfits, once
 from megaswitch.checkpoint.staging import Staged, Staging
 from megaswitch.checkpoint.tensor_files import read_chunks, read_headers
 from megaswitch.config import RunConfig, from_toml, to_toml
@@ -225,7 +226,7 @@ class CheckpointManager:
         """This rank's file; returns its size and SHA-256 by its name."""
         if not chunks:
             return {}
-        name = f"shard-{self.mesh.rank + 1:05d}-of-{self.mesh.size:05d}.safetensors"
+        name = shard_name(self.mesh.rank, self.mesh.size)
         return {name: write_chunks(aside / name, chunks)}
 
     def _finish(
@@ -318,10 +319,12 @@ def read_state(path: Path) -> dict[str, Any]:
         UserError: it is missing, damaged, or of another format.
     """
     try:
-        content = json.loads((path / "state.json").read_text())
+        content = json.loads((path / "state.json").read_text(), object_pairs_hook=once)
         known = content["format"] == FORMAT
         if known:  # another format may hold anything else
             values = [(e["bytes"], e["sha256"]) for e in content["files"].values()]
+            if any(Path(name).name != name for name in content["files"]):
+                raise ValueError("a file of it is said to lie elsewhere")
             state = TrainState(**content["state"])
             values += [(state.step, state.fingerprint), (state.samples, state.fingerprint)]
             values += [(number, "") for segment in state.mixture for number in segment]
@@ -358,22 +361,13 @@ def verify(path: Path, names: list[str] | None = None) -> None:
         UserError: naming the files that differ.
     """
     files = read_state(path)["files"]
-    # The reader takes every tensor file that it finds, so one that is not listed is not harmless.
-    unlisted = {p.name for p in path.glob("*.safetensors")} - set(files)
-    damaged = [f"{name} is not part of it" for name in sorted(unlisted)]
+    damaged = misfits(path, files, None if names is None else set(names))
+    told = {text.partition(" ")[0] for text in damaged}
     for name in files if names is None else names:
-        file = path / Path(name).name  # a recorded name never leads out of the folder
-        if not file.is_file():
-            damaged.append(f"{name} is missing")
-        elif file.stat().st_size != files[name]["bytes"]:
-            damaged.append(f"{name} has {file.stat().st_size} of {files[name]['bytes']} bytes")
-        elif sha256(file) != files[name]["sha256"]:
+        if name not in told and sha256(path / name) != files[name]["sha256"]:
             damaged.append(f"{name} does not match its checksum")
     if damaged:
-        raise UserError(
-            f"checkpoint {path} is damaged: {'; '.join(damaged)}. Remove it to resume from the one "
-            "before"
-        )
+        raise damaged_checkpoint(path, damaged)
 
 
 def load_model_tensors(

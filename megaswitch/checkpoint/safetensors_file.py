@@ -81,6 +81,10 @@ class SafetensorsFile:
         """Give the file back."""
         self._file.close()
 
+    def first_byte(self, name: str) -> int:
+        """Where a tensor begins in the file."""
+        return self._data + self.entries[name].start
+
     def read(self, name: str, index: Sequence[slice] = ()) -> Tensor:
         """Values of a tensor, or of the part of it that slices with step 1 cut out.
 
@@ -104,7 +108,7 @@ class SafetensorsFile:
         run = math.prod(shape[lead:]) * dtype.itemsize
         data = bytearray()
         for start in _starts(entry.shape, ranges, lead):
-            data += self._file.read(self._data + entry.start + start * dtype.itemsize, run)
+            data += self._file.read(self.first_byte(name) + start * dtype.itemsize, run)
         return torch.frombuffer(data, dtype=dtype).view(shape)
 
     def _parse(self, header: bytes) -> tuple[dict[str, str], dict[str, Entry]]:

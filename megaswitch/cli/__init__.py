@@ -20,6 +20,7 @@ from megaswitch.cli.inspect import inspect_command
 from megaswitch.cli.merge import merge
 from megaswitch.cli.preprocess import preprocess
 from megaswitch.cli.presets import presets
+from megaswitch.cli.reshard import reshard
 from megaswitch.cli.tokenizer import tokenizer
 from megaswitch.cli.train import train
 from megaswitch.log import UserError, is_rank_zero
@@ -33,7 +34,7 @@ def cli() -> None:
 
 for command in (presets, tokenizer, preprocess, data, train, finetune, merge, evaluate, generate):
     cli.add_command(command)
-for command in (convert, inspect_command, doctor, completion):
+for command in (convert, reshard, inspect_command, doctor, completion):
     cli.add_command(command)
 
 

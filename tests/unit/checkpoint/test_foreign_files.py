@@ -309,7 +309,7 @@ def test_the_sound_sources_are_accepted(origin, whole, tmp_path):
 @pytest.mark.parametrize(
     ("file", "damage", "message"),
     [
-        ("shard-00001-of-00001.safetensors", lambda p: os.truncate(p, 5000), "damaged.*has 5000"),
+        ("shard-00001-of-00001.safetensors", lambda p: os.truncate(p, 5000), "damaged.*has 5,000"),
         ("config.toml", lambda p: p.write_text(p.read_text() + "\n"), "has .* bytes"),
         ("state.json", lambda p: p.write_text(deep()), "no readable state.json"),
         ("state.json", lambda p: p.unlink(), "neither a checkpoint nor a run"),
