@@ -25,6 +25,7 @@ from megaswitch.rules_parallel import REFUSED
 from megaswitch.schema import (
     CheckpointConfig,
     DataConfig,
+    DistillConfig,
     ModelConfig,
     MoEConfig,
     OptimConfig,
@@ -36,6 +37,7 @@ from megaswitch.schema import (
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "DistillConfig",
     "MoEConfig",
     "ModelConfig",
     "OptimConfig",

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from megaswitch.rules_distill import check_distill
 from megaswitch.rules_parallel import check_parallel, data_parallel_ranks
 
 if TYPE_CHECKING:
@@ -19,9 +20,10 @@ def check(config: RunConfig, world_size: int = 1) -> list[str]:
         *_check_model(config.model),
         *check_parallel(config, world_size),
         *_check_batch(config, world_size),
-        *_check_groups(config),
+        *check_groups(config),
         *_check_data(config.data),
         *_check_rest(config),
+        *check_distill(config),
     ]
 
 
@@ -69,7 +71,8 @@ def _check_batch(config: RunConfig, world_size: int) -> Iterator[str]:
         yield from _check_rampup(train, share)
 
 
-def _check_groups(config: RunConfig) -> Iterator[str]:
+def check_groups(config: RunConfig) -> Iterator[str]:
+    """Problems of routing groups: whole rows make a group, whole groups a micro-batch."""
     train, moe = config.train, config.model.moe
     if not moe.num_experts or moe.capacity_mode == "hf":
         return

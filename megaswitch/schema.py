@@ -1,6 +1,7 @@
 """Every configuration key, as frozen dataclasses with their types, bounds and defaults.
 
-Those of `data` are in `schema_data.py`; `schema_keys.py` says how keys are declared.
+Those of `data` and `distill` are in files of their own; `schema_keys.py` says how keys are
+declared.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megaswitch.schema_data import DataConfig
+from megaswitch.schema_distill import DistillConfig
 from megaswitch.schema_keys import STRICT, all_of, only_if
 
 
@@ -344,3 +346,4 @@ class RunConfig:
     train: TrainConfig = Field(default_factory=TrainConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    distill: DistillConfig = Field(default_factory=DistillConfig)

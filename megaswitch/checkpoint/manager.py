@@ -53,12 +53,14 @@ class TrainState:
         fingerprint: of the training data and its order; a resume on other data is refused.
         mixture: of several sources, since when each proportion holds: [first sample, quota of each
             source in a block, ...].
+        teacher: of a distilled run: fingerprint of what it learns from.
     """
 
     step: int
     samples: int
     fingerprint: str
     mixture: list[list[int]] = field(default_factory=list)
+    teacher: str = ""
 
 
 class CheckpointManager:
@@ -295,7 +297,7 @@ def read_state(path: Path) -> dict[str, Any]:
         if known:  # another format may hold anything else
             values = [(e["bytes"], e["sha256"]) for e in content["files"].values()]
             state = TrainState(**content["state"])
-            values += [(state.step, state.fingerprint), (state.samples, state.fingerprint)]
+            values += [(state.step, state.fingerprint), (state.samples, state.teacher)]
             values += [(number, "") for segment in state.mixture for number in segment]
             if any((type(number), type(text)) != (int, str) for number, text in values):
                 raise ValueError("a number or a text is none")

@@ -11,6 +11,7 @@ from megaswitch import __version__
 from megaswitch.cli.common import explain
 from megaswitch.cli.completion import completion
 from megaswitch.cli.data import data
+from megaswitch.cli.distill import distill
 from megaswitch.cli.doctor import doctor
 from megaswitch.cli.evaluate import evaluate
 from megaswitch.cli.generate import generate
@@ -28,7 +29,7 @@ def cli() -> None:
     """Train Switch Transformers, from a laptop to trillion-parameter clusters."""
 
 
-for command in (presets, tokenizer, preprocess, data, train, evaluate, generate):
+for command in (presets, tokenizer, preprocess, data, train, distill, evaluate, generate):
     cli.add_command(command)
 for command in (inspect_command, doctor, completion):
     cli.add_command(command)

@@ -47,8 +47,10 @@ def train(config: Path, overrides: tuple[str, ...]) -> None:
     from megaswitch.parallel.watchdog import watch
 
     resolved = load_config(config, overrides, world_size=world_size())
+    from megaswitch.train.distill import check_teacher
     from megaswitch.train.trainer import Trainer
 
+    check_teacher(resolved, world_size())
     mesh = Mesh.start(resolved.train.device, resolved.parallel)
     with watch(mesh, resolved.parallel.timeout) as watchdog:
         complete = Trainer.build(resolved, mesh).fit(watchdog)
