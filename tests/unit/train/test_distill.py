@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import megaswitch
 from megaswitch.config import load_config
 from megaswitch.log import ConfigError, UserError
 from megaswitch.parallel.mesh import Mesh
@@ -19,13 +20,13 @@ ALONE = Mesh.start("cpu")
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory, corpus):
-    """A Switch model of three steps."""
+    """A Switch model of forty steps."""
     folder = tmp_path_factory.mktemp("teacher") / "run"
     options = [
         *("--model.vocab_size=192", "--model.d_model=32", "--model.d_kv=8", "--model.d_ff=64"),
         *("--model.num_heads=4", "--model.num_encoder_layers=2", "--model.num_decoder_layers=2"),
         *("--model.moe.num_experts=4", "--model.moe.group_size=128", "--data.encoder_length=64"),
-        *(f"--data.train={corpus}", f"--train.run_dir={folder}", "--train.steps=3"),
+        *(f"--data.train={corpus}", f"--train.run_dir={folder}", "--train.steps=40"),
         *("--train.batch_size=8", "--train.micro_batch_size=4", "--train.device=cpu"),
         *("--optim.learning_rate=0.05", "--optim.schedule=constant", "--optim.warmup_steps=0"),
     ]
@@ -50,8 +51,16 @@ def build(options, *more):
 
 def fit(options, *more):
     trainer = build(options, *more)
-    assert trainer.fit() or "--stop" in more
+    assert trainer.fit()
     return trainer
+
+
+def weights_of(options, *more):
+    """What a run starts with."""
+    trainer = build(options, *more)
+    trainer.batches.close()
+    trainer.log.close()
+    return parameters(trainer)
 
 
 def parameters(trainer):
@@ -63,39 +72,33 @@ def curve(run_dir, key="loss"):
 
 
 def test_a_student_starts_with_all_weights_of_its_teacher_that_are_no_experts(
-    student, teacher, capsys
+    student, teacher, tmp_path, capsys
 ):
-    trainer = build(student)
-    stored = Trainer.build(load_config(teacher / "config.toml"), ALONE)
-    theirs, fresh = parameters(stored), parameters(build(student, "--distill.copy_weights=false"))
-    copied = set()
-    for name, value in parameters(trainer).items():
-        if name in theirs:
-            copied.add(name)
-            assert torch.equal(value, theirs[name]), name
-        else:
-            assert torch.equal(value, fresh[name]), name
-    left = {f"{stack}.layers.1.ffn" for stack in ("encoder", "decoder")}
-    others = parameters(trainer).keys() - copied
-    assert {name.split(".w")[0] for name in others} == {
-        next(iter(n.split(".w")[0] for n in others if n.startswith(side)))
-        for side in ("encoder", "decoder")
-    }
+    theirs = dict(megaswitch.load_model(teacher).named_parameters())
+    fresh = weights_of(student, "--distill.copy_weights=false")
+    started = weights_of(student)
+    for name, value in started.items():
+        source = theirs if name in theirs else fresh
+        assert torch.equal(value, source[name]), name
+    names = sorted(started.keys() - theirs.keys())
+    left = ", ".join(name.removesuffix(".weight") for name in names)
+    assert left.count(".layers.1.ffn.") == 4  # wi and wo of two layers, where the teacher is sparse
     told = capsys.readouterr().err
-    assert f"copied {len(copied)} of {len(copied) + len(others)} weights from {teacher}" in told
-    assert "fresh: decoder.layers.1" in told
-    assert len(left) == 2
+    assert f"copied {len(started) - 4} of {len(started)} weights from {teacher}" in told
+    assert f"; fresh: {left}\n" in told
+    with pytest.raises(UserError, match="no weight of"):
+        weights_of(student, "--model.d_model=48", "--model.num_heads=3", "--model.d_kv=4")
 
 
 def test_the_loss_is_a_mixture_of_hard_and_soft(student, tmp_path):
-    soft = fit(student, "--distill.soft_weight=1.0", f"--train.run_dir={tmp_path / 'soft'}")
+    more = ("--distill.copy_weights=false", "--distill.soft_weight=1.0", "--train.steps=30")
+    fit(student, *more, f"--train.run_dir={tmp_path / 'soft'}")
     fit(student, "--distill.soft_weight=0.0", f"--train.run_dir={tmp_path / 'hard'}")
     late = ("--distill.start_step=5", "--distill.soft_weight=1.0")
     fit(student, *late, f"--train.run_dir={tmp_path / 'late'}")
-    assert soft.config.distill.soft_weight == 1
     divergence = curve(tmp_path / "soft", "teacher_divergence")
-    assert len(divergence) == 6
-    assert 0 < divergence[-1] < divergence[0]
+    assert len(divergence) == 30
+    assert 0 < divergence[-1] < divergence[0] / 2
     hard, late_losses = curve(tmp_path / "hard"), curve(tmp_path / "late")
     # Without a teacher that is heard, all is as in a plain run from the same weights.
     assert late_losses[:5] == pytest.approx(hard[:5], rel=1e-6)
@@ -124,9 +127,8 @@ def test_kept_probabilities_teach_as_the_teacher_does(student, tmp_path):
     for name, value in parameters(live).items():
         assert torch.allclose(value, parameters(cached)[name], rtol=0, atol=2e-5), name
     for key in ("loss", "soft_loss", "teacher_divergence"):
-        assert curve(tmp_path / "run", key) == pytest.approx(
-            curve(tmp_path / "live", key), rel=1e-4
-        )
+        expected = curve(tmp_path / "live", key)
+        assert curve(tmp_path / "run", key) == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 def test_a_cache_grows_and_is_finished_after_a_stop(student, tmp_path, monkeypatch):
@@ -153,7 +155,7 @@ def test_a_cache_grows_and_is_finished_after_a_stop(student, tmp_path, monkeypat
     cache_logits(load_config(None, options), ALONE)
     assert written[0].stat().st_mtime_ns == first
     assert len(list(folder.glob("samples_*.bin"))) == 2  # of 256 samples; 320 are needed
-    with pytest.raises(UserError, match="has 512 samples, and train.steps=80 take 640"):
+    with pytest.raises(UserError, match=r"has 512 samples, and train\.steps=80 take 640"):
         build(options, "--train.steps=80")
     cache_logits(load_config(None, [*options, "--train.steps=80"]), ALONE)
     assert build(options, "--train.steps=80").distillation.cache.samples == 768
@@ -219,7 +221,7 @@ def test_all_that_is_wrong_with_a_teacher_is_said_at_once(student, teacher):
     with pytest.raises(UserError, match="neither a checkpoint nor a run folder"):
         check_teacher(load_config(None, [*student, "--distill.teacher=nowhere"]), 1)
     spread = [*student, "--parallel.ep=3", "--train.batch_size=12"]
-    with pytest.raises(ConfigError, match="ep=3 must divide model.moe.num_experts=4"):
+    with pytest.raises(ConfigError, match=r"ep=3 must divide model\.moe\.num_experts=4"):
         check_teacher(load_config(None, spread, world_size=3), 3)
 
 
@@ -227,7 +229,7 @@ def test_all_that_is_wrong_with_a_teacher_is_said_at_once(student, teacher):
     ("options", "problem"),
     [
         (["--distill.temperature=2.0"], "would be ignored because distill.teacher=None"),
-        (["--distill.teacher=x", "--distill.top_k=3"], "would be ignored because distill.logits"),
+        (["--distill.teacher=x", "--distill.top_k=3"], "ignored because distill.logits"),
         (
             ["--distill.teacher=x", "--distill.start_step=1000"],
             "must be less than train.steps=1000",
