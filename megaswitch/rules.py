@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def check(config: RunConfig, world_size: int = 1) -> list[str]:
     """Problems between keys, each with value, rule and remedy. Needs no process group."""
     return [
-        *_check_model(config.model),
+        *check_model(config.model),
         *check_parallel(config, world_size),
         *_check_batch(config, world_size),
         *check_groups(config),
@@ -27,7 +27,8 @@ def check(config: RunConfig, world_size: int = 1) -> list[str]:
     ]
 
 
-def _check_model(model: ModelConfig) -> Iterator[str]:
+def check_model(model: ModelConfig) -> Iterator[str]:
+    """Problems of a model by itself."""
     if model.relative_buckets % 4:
         yield (
             f"model.relative_buckets={model.relative_buckets} must be a multiple of 4 "

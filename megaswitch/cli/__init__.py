@@ -10,6 +10,7 @@ import click
 from megaswitch import __version__
 from megaswitch.cli.common import explain
 from megaswitch.cli.completion import completion
+from megaswitch.cli.convert import convert
 from megaswitch.cli.data import data
 from megaswitch.cli.distill import distill
 from megaswitch.cli.doctor import doctor
@@ -31,7 +32,7 @@ def cli() -> None:
 
 for command in (presets, tokenizer, preprocess, data, train, distill, evaluate, generate):
     cli.add_command(command)
-for command in (inspect_command, doctor, completion):
+for command in (convert, inspect_command, doctor, completion):
     cli.add_command(command)
 
 

@@ -221,7 +221,9 @@ class Trainer:
         heard = self.state.step >= self.config.distill.start_step
         teacher = self.runner.distillation = self.distillation if heard else None
         micro = [
-            MicroBatch.of(b, self.mesh.device, self._noise(b), teacher and teacher.known(b))
+            MicroBatch.of(
+                b, self.mesh.device, self._noise(b), teacher.known(b) if teacher else None
+            )
             for b in batches
         ]
 

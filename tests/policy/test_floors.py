@@ -10,6 +10,7 @@ FLOORS = [
     {
         "log",
         "files",
+        "metrics_file",
         "presets",
         "schema",
         "schema_data",
@@ -24,7 +25,7 @@ FLOORS = [
     {"layers"},
     {"model", "data"},
     {"optim", "checkpoint"},
-    {"train"},
+    {"train", "scale"},
     {"cli", "__init__"},
     {"__main__"},
 ]
