@@ -85,8 +85,7 @@ PRESETS: dict[str, Table] = {
     "switch-large-128": _switch(_LARGE, 128, group_size=4096),
     "switch-xxl-128": _switch(_XXL, 128, **_XXL_MOE),
     **{f"mt5-{size}": _v1_1(*shape, **_MULTILINGUAL) for size, shape in _MT5.items()},
-    # mSwitch-Base is mT5-Base with experts (paper §4.3). How many, the paper does not say: these are
-    # those of its Switch-Base.
+    # mT5-Base with experts (paper §4.3). How many, the paper does not say: as its Switch-Base.
     "mswitch-base-128": _switch(_v1_1(*_MT5["base"], **_MULTILINGUAL), 128),
     # 30 heads as released; the paper says 32.
     "switch-c-2048": _switch(_t5(2080, 6144, 30, 15, tie_embeddings=False), 2048, **_C_MOE),

@@ -19,6 +19,7 @@ from megaswitch.cli.generate import generate
 from megaswitch.cli.inspect import inspect_command
 from megaswitch.cli.preprocess import preprocess
 from megaswitch.cli.presets import presets
+from megaswitch.cli.study import study
 from megaswitch.cli.tokenizer import tokenizer
 from megaswitch.cli.train import train
 from megaswitch.log import UserError
@@ -32,7 +33,7 @@ def cli() -> None:
 
 for command in (presets, tokenizer, preprocess, data, train, distill, evaluate, generate):
     cli.add_command(command)
-for command in (convert, inspect_command, doctor, completion):
+for command in (study, convert, inspect_command, doctor, completion):
     cli.add_command(command)
 
 
