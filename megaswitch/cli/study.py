@@ -147,7 +147,7 @@ def report(
 @click.argument("sparse", type=PATH)
 @click.option("--level", type=click.Choice(["common", "dense", "sparse"]), default="common",
               show_default=True,
-              help="The loss to reach: the higher of both models' lowest, or that of one.")  # fmt: skip
+              help="Loss to reach: the higher of both models' lowest, or one's.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable figures.")
 @click.option("--plot", type=PATH, metavar="FILE", help="Draw the histogram (.png, …).")
 def speedup(
@@ -193,11 +193,8 @@ def _print(found: list[SpeedUp]) -> None:
     for title in ("source", "loss", "dense steps", "sparse steps", "speed-up"):
         table.add_column(title, justify="left" if title == "source" else "right", no_wrap=True)
     for one in found:
-        dense, sparse = (one.dense_steps, one.dense_run), (one.sparse_steps, one.sparse_run)
-        steps = [
-            f"> {run:,}" if reached is None else f"{reached:,.0f}"
-            for reached, run in (dense, sparse)
-        ]
+        both = (one.dense_steps, one.dense_run), (one.sparse_steps, one.sparse_run)
+        steps = [f"> {run:,}" if got is None else f"{got:,.0f}" for got, run in both]
         bound = "" if one.bound == "=" else f"{one.bound} "
         table.add_row(Text(one.source), f"{one.level:.4f}", *steps, f"{bound}{one.ratio:.2f}×")
     stdout().print(table)

@@ -40,7 +40,7 @@ from typing import Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
-from megaswitch.config import RunConfig, load_config
+from megaswitch.config import RunConfig, known_keys, load_config
 from megaswitch.log import ConfigError, UserError
 from megaswitch.schema_keys import STRICT
 
@@ -137,10 +137,10 @@ def load_study(path: Path, overrides: Sequence[str] = (), *, runs: Path | None =
         UserError: the file is missing or not TOML.
         ConfigError: with all problems of the study and of all its runs.
     """
-    file = _read(path)
+    table = _read(path)
+    file = _checked(table)
     folder = runs or Path(file.runs or f"runs/studies/{_default_name(path)}")
-    places = {"{runs}": str(folder), "{here}": str(path.parent)}
-    file = TypeAdapter(StudyFile).validate_python(_fill(_table(file), places))
+    file = _checked(_fill(table, {"{runs}": str(folder), "{here}": str(path.parent)}))
     base = None if file.base is None else path.parent / file.base
     problems: list[str] = []
     cases = {name: _cases(name, axis, problems) for name, axis in file.axes.items()}
@@ -169,15 +169,19 @@ def load_study(path: Path, overrides: Sequence[str] = (), *, runs: Path | None =
     return Study(path, file, folder, base, tuple(jobs))
 
 
-def _read(path: Path) -> StudyFile:
+def _read(path: Path) -> dict[str, Any]:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"study {path} does not exist; see examples/studies for some") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"study {path} cannot be read: {error}") from error
+
+
+def _checked(table: Mapping[str, Any]) -> StudyFile:
+    """By way of JSON, as configurations are: strict types, yet tables where dataclasses belong."""
     try:
-        return TypeAdapter(StudyFile).validate_python(table)
+        return TypeAdapter(StudyFile).validate_json(json.dumps(table, default=str))
     except ValidationError as error:
         known = ", ".join(field.name for field in fields(StudyFile))
         problems = []
@@ -195,10 +199,6 @@ def _default_name(path: Path) -> str:
     return path.resolve().parent.name if path.stem == "study" else path.stem
 
 
-def _table(file: StudyFile) -> dict[str, Any]:
-    return dict(TypeAdapter(StudyFile).dump_python(file))
-
-
 def _fill(value: Any, places: Mapping[str, str]) -> Any:
     """The same with folders in the place of `{runs}` and `{here}`."""
     if isinstance(value, str):
@@ -212,9 +212,9 @@ def _fill(value: Any, places: Mapping[str, str]) -> Any:
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys; tables may be nested or have dots in their keys."""
+    """Dotted keys; tables may be nested or have dots in their keys, and some are values."""
     for key, value in table.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and f"{prefix}{key}" not in known_keys():
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
@@ -276,4 +276,7 @@ def toml_value(value: Any) -> str:
             tomllib.loads(f"value = {value}")
         except tomllib.TOMLDecodeError:
             return value
+    if isinstance(value, Mapping):
+        entries = (f"{json.dumps(key)} = {json.dumps(entry)}" for key, entry in value.items())
+        return f"{{ {', '.join(entries)} }}"
     return json.dumps(value)

@@ -50,8 +50,10 @@ def test_the_same_points_give_the_same_interval():
     assert fit_power_law(*points) == fit_power_law(*points)
 
 
-@pytest.mark.parametrize("points", [([1, 2], [3, 2]), ([1, 1, 2], [3, 2, 1]), ([1, 2, 0], [1, 1, 1]),
-                                    ([1, 2, 3], [1, 1, -1])])  # fmt: skip
+WRONG = [([1, 2], [3, 2]), ([1, 1, 2], [3, 2, 1]), ([1, 2, 0], [1, 1, 1]), ([1, 2, 3], [1, 1, -1])]
+
+
+@pytest.mark.parametrize("points", WRONG)
 def test_what_has_no_law_is_refused(points):
     with pytest.raises(UserError, match="at least three different positive x"):
         fit_power_law(*points)
