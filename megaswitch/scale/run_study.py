@@ -48,8 +48,7 @@ class Outcome:
 
 def command(study: Study, job: Job) -> list[str]:
     """The words behind `megaswitch` that train a job."""
-    base = [] if study.base is None else [str(study.base)]
-    return [study.file.command, *(base or [os.devnull]), *job.overrides]
+    return ["train", os.devnull if study.base is None else str(study.base), *job.overrides]
 
 
 def is_finished(job: Job) -> bool:

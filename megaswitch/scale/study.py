@@ -35,7 +35,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
@@ -74,7 +74,6 @@ class StudyFile:
     question: str = ""
     base: str | None = None
     runs: str | None = None
-    command: Literal["train", "distill"] = "train"
     ranks: int = Field(default=1, gt=0, description="processes of each run")
     set: dict[str, Any] = Field(default_factory=dict)
     axes: dict[str, dict[str, Any]] = Field(default_factory=dict)
