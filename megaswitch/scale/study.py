@@ -151,6 +151,7 @@ def load_study(path: Path, overrides: Sequence[str] = (), *, runs: Path | None =
         if (key := text.removeprefix("--").partition("=")[0]) in varied:
             problems.append(f"{key} is varied by an axis; change the study, or leave {text} out")
     jobs, seen = [], Counter[str]()
+    of_runs: dict[str, list[str]] = {}
     for index, combination in enumerate(_combinations(cases)):
         labels = {axis: label for axis, (label, _) in combination.items()}
         name = _name(labels)
@@ -161,7 +162,9 @@ def load_study(path: Path, overrides: Sequence[str] = (), *, runs: Path | None =
             config = load_config(base, words, world_size=file.ranks)
             jobs.append(Job(index, labels, folder / name, words, config))
         except ConfigError as error:
-            problems += [f"run {name}: {problem}" for problem in error.problems]
+            for problem in error.problems:
+                of_runs.setdefault(problem, []).append(name)
+    problems += [f"{_some(names)}: {problem}" for problem, names in of_runs.items()]
     problems += [f"several runs are named {name}; rename cases" for name in seen if seen[name] > 1]
     if problems:
         raise ConfigError(problems)
@@ -261,6 +264,13 @@ def _name(labels: Mapping[str, str]) -> str:
     """A folder's name: readable, and without what shells or file systems dislike."""
     parts = (f"{axis}={label}" for axis, label in labels.items())
     return ",".join(re.sub(r"[^\w.=+-]+", "-", part) for part in parts) or "run"
+
+
+def _some(names: Sequence[str]) -> str:
+    """A few of the runs that have a problem."""
+    if len(names) == 1:
+        return f"run {names[0]}"
+    return f"{len(names)} runs ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
 
 
 def _overrides(table: Mapping[str, Any]) -> Iterator[str]:

@@ -33,7 +33,7 @@ from megaswitch.rules_parallel import check_parallel
 from megaswitch.train.logit_cache import LogitCache
 from megaswitch.train.objectives import PRECISIONS, MicroBatch, forward
 from megaswitch.train.parts import Parts
-from megaswitch.train.trained import load_trained
+from megaswitch.train.trained import check_same, load_trained
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,7 @@ class Distillation:
             with mesh.together():
                 cache = LogitCache.open(config, loader)
                 cache.verify(mesh.rank, mesh.size)
+            check_same("cached probabilities", cache.fingerprint, mesh)
             made = cls(config, tp, cache.fingerprint, None, cache)
         else:
             with mesh.together():

@@ -85,21 +85,8 @@ class Trainer:
             background=config.checkpoint.background,
             timeout=config.parallel.timeout,
         )
-        newest = next(reversed(checkpoints(manager.folder)), None)
         distillation = Distillation.build(config, mesh, loader)
-        teacher = distillation.fingerprint if distillation else ""
-        with mesh.together():
-            check_same_view(mesh, config, loader, newest)
-            if newest:
-                check_resume(newest, config, loader, teacher)
-        if newest:
-            state = manager.restore(newest, parts.weights, optimizer)
-            info(f"resuming from {newest}")
-        else:
-            parts.initialize(config.train.seed)
-            if distillation and config.distill.copy_weights:
-                copy_weights(config, mesh, parts.weights)
-            state = TrainState(0, 0, loader.fingerprint, teacher=teacher)
+        state = _first_state(config, mesh, parts, optimizer, manager, loader, distillation)
         with mesh.together():
             loader.go_on([Segment(start, tuple(q)) for start, *q in state.mixture], state.samples)
             state = replace(state, mixture=[[s.start, *s.quotas] for s in loader.segments])
@@ -315,6 +302,31 @@ class Trainer:
             "Try a lower optim.learning_rate, a longer warm-up, optim.clip_grad_norm=1.0, or "
             "train.precision='fp32'"
         )
+
+
+def _first_state(
+    config: RunConfig,
+    mesh: Mesh,
+    parts: Parts,
+    optimizer: torch.optim.Optimizer,
+    manager: CheckpointManager,
+    loader: Samples,
+    distillation: Distillation | None,
+) -> TrainState:
+    """Fill weights and optimizer: from the run's newest checkpoint, or anew."""
+    newest = next(reversed(checkpoints(manager.folder)), None)
+    teacher = distillation.fingerprint if distillation else ""
+    with mesh.together():
+        check_same_view(mesh, config, loader, newest)
+        if newest:
+            check_resume(newest, config, loader, teacher)
+    if newest:
+        info(f"resuming from {newest}")
+        return manager.restore(newest, parts.weights, optimizer)
+    parts.initialize(config.train.seed)
+    if distillation and config.distill.copy_weights:
+        copy_weights(config, mesh, parts.weights)
+    return TrainState(step=0, samples=0, fingerprint=loader.fingerprint, teacher=teacher)
 
 
 class _Interrupt:

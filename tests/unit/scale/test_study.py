@@ -149,8 +149,7 @@ def test_all_runs_problems_are_said_at_once_and_axes_stay_as_they_are(write):
         load_study(write(text), ["--model.moe.num_experts=8", "--model.moe.group_size=100"])
     told = str(caught.value)
     assert "model.moe.num_experts is varied by an axis" in told
-    assert "run experts=2: model.moe.group_size=100" in told
-    assert "run experts=4: model.moe.group_size=100" in told
+    assert "2 runs (experts=2, experts=4): model.moe.group_size=100" in told
     with pytest.raises(UserError, match="does not exist"):
         load_study(Path("nowhere.toml"))
 
