@@ -113,7 +113,7 @@ def _list(study: Study) -> None:
 @_OVERRIDES
 @_RUNS
 @click.option("--output", type=PATH, show_default="report/ beside the runs",
-              help="Folder for the page and its pictures.")  # fmt: skip
+              help="Folder of the page and all that it shows.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True,
               help="Machine-readable figures; no folder is written.")  # fmt: skip
 def report(
