@@ -31,7 +31,7 @@ class ConfigError(UserError):
 
 
 def is_rank_zero() -> bool:
-    """True on the process that may print: rank 0 of a torchrun launch, or the only one."""
+    """True on the process that may print: rank 0 of a launch, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 

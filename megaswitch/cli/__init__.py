@@ -22,7 +22,7 @@ from megaswitch.cli.presets import presets
 from megaswitch.cli.study import study
 from megaswitch.cli.tokenizer import tokenizer
 from megaswitch.cli.train import train
-from megaswitch.log import UserError
+from megaswitch.log import UserError, is_rank_zero
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -39,18 +39,17 @@ for command in (study, convert, inspect_command, doctor, completion):
 
 def main() -> None:
     """Entry point: mistakes that the user can mend end with a paragraph and exit code 2."""
-    rank = os.environ.get("RANK", "0")
     try:
         sys.exit(cli.main(standalone_mode=False) or 0)
     except click.ClickException as error:
-        if rank == "0":
+        if is_rank_zero():
             error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        if rank == "0":
+        if is_rank_zero():
             print("interrupted", file=sys.stderr)
         sys.exit(130)
     except (UserError, OSError, ImportError) as error:
-        prefix = "error" if rank == "0" else f"error on rank {rank}"
+        prefix = "error" if is_rank_zero() else f"error on rank {os.environ['RANK']}"
         print(f"{prefix}: {explain(error)}", file=sys.stderr)
         sys.exit(2)

@@ -45,7 +45,7 @@ def probe_torch() -> None:
 
 def probe_launcher() -> None:
     """Read the launcher's environment as training would."""
-    from megaswitch.parallel.mesh import world_size
+    from megaswitch.parallel.launcher import world_size
 
     print(json.dumps({"ranks": world_size()}))
 

@@ -72,7 +72,7 @@ def evaluate(
       torchrun --nproc-per-node 8 --no-python megaswitch evaluate runs/base-8 data/corpus_valid
       torchrun --nproc-per-node 8 --no-python megaswitch evaluate runs/xxl data/valid --ep 4 --tp 2
     """
-    from megaswitch.parallel.mesh import world_size
+    from megaswitch.parallel.launcher import world_size
     from megaswitch.train.evaluate import Request
     from megaswitch.train.evaluate import evaluate as run
     from megaswitch.train.plots import check_plot, plot_evaluation

@@ -92,7 +92,7 @@ def generate(
     texts = [] if talk else _read(prompts, source)
 
     from megaswitch.data.prompts import check_prompts
-    from megaswitch.parallel.mesh import world_size
+    from megaswitch.parallel.launcher import world_size
     from megaswitch.train.objectives import PRECISIONS
     from megaswitch.train.text import TextGenerator, checkpoint_tokenizer
     from megaswitch.train.trained import find_trained, load_trained

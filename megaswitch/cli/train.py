@@ -41,9 +41,11 @@ def train(config: Path, overrides: tuple[str, ...]) -> None:
     Examples:
       megaswitch train examples/demo.toml --train.steps=100
       torchrun --nproc-per-node 2 -m megaswitch train examples/demo.toml
+      srun --nodes 2 --ntasks-per-node 8 megaswitch train run.toml
     """
     from megaswitch.config import load_config
-    from megaswitch.parallel.mesh import Mesh, world_size
+    from megaswitch.parallel.launcher import world_size
+    from megaswitch.parallel.mesh import Mesh
     from megaswitch.parallel.watchdog import watch
 
     resolved = load_config(config, overrides, world_size=world_size())

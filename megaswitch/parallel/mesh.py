@@ -9,7 +9,6 @@ process started alone forms no group at all.
 from __future__ import annotations
 
 import datetime as dt
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megaswitch.config import ParallelConfig
 from megaswitch.log import UserError
+from megaswitch.parallel.launcher import number, own_gpu, world_size
 
 # Two grids over the same ranks: one for experts, and one for everything else, to which expert
 # parallelism is data parallelism. `replica` and `shard` together are edp: copies of the experts,
@@ -34,36 +34,6 @@ FLATTENED = {
     "dp": ("replica", "shard", "ep"),
     "dense_shard": ("shard", "ep"),
 }
-
-
-def world_size() -> int:
-    """Ranks of this launch, from torchrun's environment; 1 without it. Needs no group.
-
-    Raises:
-        UserError: the environment is half set, or of a launcher that we would misread.
-    """
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if "WORLD_SIZE" not in os.environ and tasks != "1":
-        raise UserError(
-            f"srun started {tasks} tasks, each of which would train alone; let each node start "
-            "torchrun once (srun --ntasks-per-node=1 torchrun …), which joins them"
-        )
-    size = _environment("WORLD_SIZE", 1)
-    if size > 1:
-        missing = [name for name in ("RANK", "LOCAL_RANK") if name not in os.environ]
-        if missing:
-            raise UserError(
-                f"WORLD_SIZE={size} but {' and '.join(missing)} not set; start with torchrun "
-                f"--nproc-per-node {size}, or unset WORLD_SIZE for a single process"
-            )
-    return size
-
-
-def _environment(name: str, default: int) -> int:
-    value = os.environ.get(name, str(default))
-    if not value.isdecimal():
-        raise UserError(f"{name}={value!r} must be a number; start with torchrun, which sets it")
-    return int(value)
 
 
 @dataclass(frozen=True)
@@ -118,7 +88,7 @@ class Mesh:
             UserError: CUDA was asked for and is not there, or there are more ranks than GPUs.
         """
         parallel = parallel or ParallelConfig()
-        size, rank = world_size(), _environment("RANK", 0)
+        size, rank = world_size(), number("RANK", 0)
         chosen = _device(device)
         if size == 1:
             return cls(0, 1, chosen, None)
@@ -129,8 +99,8 @@ class Mesh:
             dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout)
         except (ValueError, RuntimeError) as error:
             raise UserError(
-                f"rank {rank} of {size} could not join the others: {error}. Start with torchrun, "
-                "and check that all nodes reach MASTER_ADDR:MASTER_PORT"
+                f"rank {rank} of {size} could not join the others: {error}. Start with torchrun or "
+                "srun, and check that all nodes reach MASTER_ADDR:MASTER_PORT"
             ) from error
         return cls.over_ranks(chosen, parallel)
 
@@ -230,7 +200,8 @@ def _device(name: str) -> torch.device:
             f"device {name!r} needs a CUDA device and this machine offers none; use 'cpu' or "
             "'auto', or install a CUDA build of torch"
         )
-    local_rank, devices = _environment("LOCAL_RANK", 0), torch.cuda.device_count()
+    devices = torch.cuda.device_count()
+    local_rank = own_gpu(devices)
     if local_rank >= devices:
         raise UserError(
             f"local rank {local_rank} has no GPU of its own: this machine has {devices}; start "

@@ -135,7 +135,7 @@ def main() -> None:
             calls[variant] = counted.count
         print(f"operator calls: {calls}, ×{calls['machinery'] / calls['by hand']:.4f}")
         results[name] = {"calls": calls, "step": compare(steps, rounds=arguments.rounds)}
-    record(__file__, results, arguments.output)
+    record("tools/benchmarks/machinery.py", results, arguments.output)
 
 
 if __name__ == "__main__":
