@@ -36,7 +36,7 @@ def distill(context: click.Context, config: Path, overrides: tuple[str, ...], ca
     """
     from megaswitch.cli.train import train
     from megaswitch.config import load_config
-    from megaswitch.parallel.mesh import world_size
+    from megaswitch.parallel.launcher import world_size
 
     resolved = load_config(config, overrides, world_size=world_size())
     missing = ["teacher"] if resolved.distill.teacher is None else []

@@ -129,8 +129,9 @@ def draw_fits(report: Report) -> bytes:
         axis.plot(line, [fit.law.at(x) for x in line], "--", color=points[0].get_color(), label=law)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    axis.yaxis.set_minor_formatter("{x:.3g}")
-    axis.yaxis.set_major_formatter("{x:.3g}")
+    for formatted in (axis.yaxis.set_minor_formatter, axis.yaxis.set_major_formatter):
+        formatted("{x:.4g}")
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.set(xlabel=report.study.file.report.fit, ylabel=report.measure)
     axis.legend(frameon=False, fontsize="small")
     return _png(figure)

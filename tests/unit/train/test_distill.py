@@ -14,6 +14,7 @@ from megaswitch.train.distill import check_teacher
 from megaswitch.train.logit_cache import LogitCache
 from megaswitch.train.metrics import read_metrics
 from megaswitch.train.trainer import Trainer
+from tests.unit.cli.commands import refusal
 
 ALONE = Mesh.start("cpu")
 
@@ -250,3 +251,12 @@ def test_a_teacher_does_not_run_in_a_pipeline():
     with pytest.raises(ConfigError, match="does not run along in a pipeline"):
         load_config(None, options, world_size=2)
     load_config(None, [*options, "--distill.logits=y"], world_size=2)
+
+
+def test_the_command_needs_a_teacher_and_for_a_cache_a_folder(tmp_path):
+    path = tmp_path / "student.toml"
+    path.write_text("")
+    assert "distill.teacher is not set" in refusal("distill", path)
+    message = refusal("distill", path, "--cache")
+    assert "distill.logits is not set" in message
+    assert "2 problems" in message
