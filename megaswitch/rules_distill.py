@@ -19,6 +19,11 @@ def check_distill(config: RunConfig) -> Iterator[str]:
             f"distill.start_step={distill.start_step} must be less than train.steps={train.steps}, "
             "or the teacher is never heard; lower it, or remove distill.teacher"
         )
+    if config.train.init_from is not None and distill.copy_weights:
+        yield (
+            f"train.init_from={config.train.init_from!r} and distill.copy_weights=True both give "
+            "the student its first weights; set distill.copy_weights=false, or remove init_from"
+        )
     if distill.logits is None and config.parallel.pp > 1:
         yield (
             f"distill.teacher does not run along in a pipeline, and parallel.pp="

@@ -7,9 +7,8 @@ write into a folder of another name, which rank 0 renames once every file is on 
 no half checkpoint.
 
 In the background, a save costs training one copy of what the rank writes. A thread does the rest:
-it writes and sums outside the interpreter's lock, so that it takes a part of one core and the disk
-from training, and talks to other ranks through a gloo group of its own, so that its messages never
-mix with those of training.
+it writes and sums outside the interpreter's lock, taking part of one core and the disk from
+training, and talks to other ranks through a gloo group of its own, apart from training's.
 """
 
 from __future__ import annotations
@@ -41,6 +40,7 @@ from megaswitch.parallel.weights import Weight
 FORMAT = 1
 _PREFIX = "step_"
 _UNFINISHED = ".unfinished"
+BEST = "best"  # a link to the best checkpoint, beside it
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ class TrainState:
         step: optimizer steps done.
         samples: training sequences consumed; the position in the data.
         fingerprint: of the training data and its order; a resume on other data is refused.
-        mixture: of several sources, since when each proportion holds: [first sample, quota of each
-            source in a block, ...].
+        mixture: of sources, since when each holds: [first sample, quota of each in a block, ...].
         teacher: of a distilled run: fingerprint of what it learns from.
     """
 
@@ -109,8 +108,10 @@ class CheckpointManager:
         state: TrainState,
         weights: Mapping[str, Weight],
         optimizer: torch.optim.Optimizer,
+        *,
+        best: bool = False,
     ) -> Path:
-        """Write a checkpoint of the state as it is now.
+        """Write a checkpoint of the state as it is now; `best` keeps it until a better one comes.
 
         It is on disk under its final name when this returns or, in the background, when `wait`
         does. A save that is still under way is waited for first.
@@ -124,9 +125,11 @@ class CheckpointManager:
         mine = self._share(model_chunks(weights) + optimizer_chunks(weights, optimizer))
         if self._thread:
             staged = self._staging.copy(mine)
-            self._under_way = self._thread.submit(self._complete, final, config, state, staged)
+            self._under_way = self._thread.submit(
+                self._complete, final, config, state, staged, best
+            )
         else:
-            self._complete(final, config, state, Staged(mine))
+            self._complete(final, config, state, Staged(mine), best)
         return final
 
     def wait(self) -> None:
@@ -153,7 +156,7 @@ class CheckpointManager:
             verify(path, sorted(metadata["files"])[self.mesh.rank :: self.mesh.size])
         state = TrainState(**metadata["state"])
         with self.mesh.together():
-            stored = read_headers(_tensor_files(path))
+            stored = read_headers(tensor_files(path))
             read_chunks(path, stored, model_chunks(weights))
             if state.step:  # before the first step there is nothing to remember
                 states = make_states(weights, optimizer, path, stored)
@@ -169,7 +172,9 @@ class CheckpointManager:
             self._places = places
         return [chunk for chunk in chunks if chunk.name in self._mine]
 
-    def _complete(self, final: Path, config: RunConfig, state: TrainState, staged: Staged) -> None:
+    def _complete(
+        self, final: Path, config: RunConfig, state: TrainState, staged: Staged, best: bool
+    ) -> None:
         """Write a checkpoint, all ranks together."""
         aside = final.with_name(final.name + _UNFINISHED)
         with self._together(aside):
@@ -182,8 +187,12 @@ class CheckpointManager:
         with self._together(aside):
             self._finish(aside, final, config, state, sums)
         if self.mesh.rank == 0:
+            if best:
+                _point_to(final, self.folder / BEST)
+            kept = (self.folder / BEST).resolve()
             for old in checkpoints(self.folder)[: -self.keep]:
-                _discard(old)
+                if old.resolve() != kept:
+                    _discard(old)
 
     @contextmanager
     def _together(self, aside: Path) -> Iterator[None]:
@@ -234,13 +243,22 @@ class CheckpointManager:
             sync(aside / "tokenizer.model")
         write_durably(aside / "config.toml", to_toml(config))
         files = sums | _sums(p for p in aside.iterdir() if p.name not in sums)
-        content = {"format": FORMAT, "state": asdict(state), "files": files}
-        write_durably(aside / "state.json", json.dumps(content, indent=1))
+        write_durably(aside / "state.json", state_json(state, files))
         sync(aside)
         if final.exists():  # the same step, saved before a resume from an older one
             _discard(final)
         aside.rename(final)
         sync(self.folder)
+
+
+def state_json(state: TrainState, files: dict[str, dict[str, Any]]) -> str:
+    """The content of `state.json`, which `read_state` reads.
+
+    Args:
+        state: of the run.
+        files: size and SHA-256 of every other file of the checkpoint, as `write_chunks` returns.
+    """
+    return json.dumps({"format": FORMAT, "state": asdict(state), "files": files}, indent=1)
 
 
 def _sums(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
@@ -260,6 +278,14 @@ def _discard(path: Path) -> None:
         shutil.rmtree(aside)
     except OSError as error:
         warn(f"old checkpoint {path} could not be removed: {error}")
+
+
+def _point_to(checkpoint: Path, link: Path) -> None:
+    """Make `link` lead to a checkpoint beside it; at no instant does it lead nowhere."""
+    aside = link.with_name(f"{link.name}.new")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(checkpoint.name)
+    aside.replace(link)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -366,8 +392,9 @@ def load_model_tensors(
     group = dist.group.WORLD if distributed else None
     rank, size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     with Mesh(rank, size, torch.device("cpu"), group).together():
-        read_chunks(path, read_headers(_tensor_files(path)), model_chunks(model))
+        read_chunks(path, read_headers(tensor_files(path)), model_chunks(model))
 
 
-def _tensor_files(path: Path) -> list[Path]:
+def tensor_files(path: Path) -> list[Path]:
+    """The files of a checkpoint that hold tensors."""
     return sorted(path.glob("*.safetensors"))

@@ -9,16 +9,23 @@ their mean, weighted by use. Router rows follow their experts.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megaswitch.checkpoint.chunks import Chunk
 from megaswitch.checkpoint.manager import find_checkpoint, read_config, verify
-from megaswitch.checkpoint.new_model import read_part, refuse_existing, write_model
+from megaswitch.checkpoint.new_model import (
+    made,
+    read_part,
+    refuse_existing,
+    stored_dtype,
+    write_model,
+)
+from megaswitch.checkpoint.streams import Target
 from megaswitch.checkpoint.tensor_files import StoredTensor, read_headers
 from megaswitch.config import ModelConfig
 from megaswitch.log import UserError
@@ -105,7 +112,7 @@ def merged(usage: Sequence[int], router: Tensor, number: int) -> list[Group]:
 def prune(source: Path, target: Path, usage_file: Path, number: int, *, merge: bool) -> None:
     """Write a checkpoint's model with `number` experts in each Switch layer.
 
-    Memory holds the weights that are no experts, or those of one new expert.
+    Memory holds a matrix or two.
 
     Args:
         source: a checkpoint, or a run folder, whose newest is taken.
@@ -136,8 +143,7 @@ def prune(source: Path, target: Path, usage_file: Path, number: int, *, merge: b
             merged(counts, router, number) if merge else kept_alone(counts, number)
         )
     model = replace(config.model, moe=replace(config.model.moe, num_experts=number))
-    files = _files(checkpoint, stored, model, groups)
-    write_model(target, checkpoint, config, model, files)
+    write_model(target, checkpoint, config, model, _targets(checkpoint, stored, model, groups))
 
 
 def prefix(layer: str) -> str:
@@ -146,43 +152,36 @@ def prefix(layer: str) -> str:
     return f"{stack}.layers.{rest}"
 
 
-def _files(
+def _targets(
     path: Path,
     stored: dict[str, StoredTensor],
     model: ModelConfig,
     groups: Mapping[str, Sequence[Group]],
-) -> Iterator[list[Chunk]]:
-    """What is not an expert's, then the new experts one by one."""
-    named = dict(meta_model(model).named_parameters())
-    experts = {name: p for name, p in named.items() if spec_of(p).is_expert}
-    rest = []
-    for name in named.keys() - experts.keys():
-        tensor = read_part(path, stored, f"model.{name}")
-        if name.endswith(".router.weight"):
-            of_layer = groups[name.removesuffix(".router.weight")]
-            rows = [_mean([tensor[e] for e in group.experts], group) for group in of_layer]
-            tensor = torch.stack(rows)
-        rest.append(Chunk.whole(f"model.{name}", tensor))
-    yield rest
-    for expert in range(model.moe.num_experts):
-        chunks = []
-        for name, parameter in experts.items():
-            group = groups[name.partition(".experts.")[0]][expert]
-            old = (read_part(path, stored, f"model.{name}", e) for e in group.experts)
-            place = (expert, *(0 for _ in parameter.shape[1:]))
-            chunk = Chunk(f"model.{name}", tuple(parameter.shape), place, _mean(old, group))
-            chunks.append(chunk)
-        yield chunks
+) -> list[Target]:
+    """The new model's parameters."""
+    targets = []
+    for name, parameter in meta_model(model).named_parameters():
+        full = f"model.{name}"
+        dtype, read = stored_dtype(path, stored, full), partial(read_part, path, stored, full)
+        layer, router, _ = name.partition(".router.")
+        if spec_of(parameter).is_expert or router:
+            # Of routers a row belongs to each expert.
+            of_layer = groups[layer if router else name.partition(".experts.")[0]]
+            makes = [partial(_mean, read, group) for group in of_layer]
+            shape: Sequence[int] = parameter.shape[1:]
+        else:
+            makes, shape = [read], parameter.shape
+        sources = [made(name, shape, dtype, make) for make in makes]
+        targets.append(Target(name, sources, stacked=len(shape) < parameter.ndim))
+    return targets
 
 
-def _mean(tensors: Iterator[Tensor] | Sequence[Tensor], group: Group) -> Tensor:
+def _mean(read: Callable[[int], Tensor], group: Group) -> Tensor:
     """By the group's weights, in the tensors' type; one alone stays as it is, bit for bit."""
-    total: Tensor | None = None
-    for tensor, weight in zip(tensors, group.weights, strict=True):
-        if len(group.weights) == 1:
-            return tensor
-        part = tensor.double() * weight
-        total = part if total is None else total.add_(part)
-        dtype = tensor.dtype
-    assert total is not None
-    return total.to(dtype)
+    first = read(group.experts[0])
+    if len(group.experts) == 1:
+        return first
+    total = first.double() * group.weights[0]
+    for expert, weight in zip(group.experts[1:], group.weights[1:], strict=True):
+        total += read(expert).double() * weight
+    return total.to(first.dtype)

@@ -11,24 +11,19 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaswitch.checkpoint.chunks import Chunk
+from megaswitch.checkpoint.safetensors_file import ITEM_BYTES, SafetensorsFile
 from megaswitch.log import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _PART_BYTES = 1 << 24  # read at a time
-_BYTES = {
-    **dict.fromkeys(("F64", "I64", "U64"), 8),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 1),
-}
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,7 @@ class StoredTensor:
     @property
     def bytes(self) -> int:
         """On disk."""
-        return self.count * _BYTES[self.dtype]
+        return self.count * ITEM_BYTES[self.dtype]
 
     def read(self) -> Iterator[tuple[int, Tensor]]:
         """The values in pieces of bounded size.
@@ -76,12 +71,12 @@ class StoredTensor:
             with opened(part.file) as file:
                 piece = file.get_slice(self.name)
                 first = part.offsets[0] if part.offsets else 0
-                for index in _windows(part.shape, _BYTES[self.dtype]):
+                for index in windows(part.shape, ITEM_BYTES[self.dtype]):
                     start = index[0].start if index else 0
                     yield first + start, piece[index] if index else file.get_tensor(self.name)
 
 
-def _windows(shape: Sequence[int], item_bytes: int) -> Iterator[tuple[slice, ...]]:
+def windows(shape: Sequence[int], item_bytes: int) -> Iterator[tuple[slice, ...]]:
     """Slices over the leading axes that cover `shape` in windows of at most `_PART_BYTES`."""
     if not shape:
         yield ()
@@ -93,7 +88,7 @@ def _windows(shape: Sequence[int], item_bytes: int) -> Iterator[tuple[slice, ...
             yield (slice(start, min(start + rows, shape[0])),)
         return
     for index in range(shape[0]):
-        for rest in _windows(shape[1:], item_bytes):
+        for rest in windows(shape[1:], item_bytes):
             yield (slice(index, index + 1), *rest)
 
 
@@ -124,16 +119,10 @@ def read_headers(files: Sequence[Path]) -> dict[str, StoredTensor]:
     """
     tensors: dict[str, StoredTensor] = {}
     for path in files:
-        with opened(path) as file:
-            offsets = _offsets(path, file.metadata())
-            for name in file.keys():  # noqa: SIM118  (a file is no mapping)
-                entry = file.get_slice(name)
-                shape, dtype = tuple(entry.get_shape()), entry.get_dtype()
-                if dtype not in _BYTES:
-                    raise UserError(
-                        f"{path} has a tensor {name} of type {dtype}, which this version does not "
-                        "read; use the release that wrote it"
-                    )
+        with closing(SafetensorsFile(path)) as file:
+            offsets = _offsets(path, file.metadata)
+            for name, entry in file.entries.items():
+                shape, dtype = entry.shape, entry.dtype
                 part = Part(path, offsets.get(name, (0,) * len(shape)), shape)
                 tensor = tensors.setdefault(name, StoredTensor(name, shape, dtype))
                 tensor.parts.append(part)

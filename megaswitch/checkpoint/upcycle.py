@@ -13,21 +13,28 @@ Source: Komatsuzaki et al. 2022 (arXiv 2212.05055), and for the scale of the wei
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from megaswitch.checkpoint.chunks import Chunk
 from megaswitch.checkpoint.manager import (
     find_checkpoint,
     load_model_tensors,
     read_config,
     verify,
 )
-from megaswitch.checkpoint.new_model import read_part, refuse_existing, write_model
+from megaswitch.checkpoint.new_model import (
+    made,
+    read_part,
+    refuse_existing,
+    stored_dtype,
+    write_model,
+)
+from megaswitch.checkpoint.streams import Target
 from megaswitch.checkpoint.tensor_files import StoredTensor, read_headers
 from megaswitch.config import ModelConfig, MoEConfig
 from megaswitch.layers.parameter import initialize, stable_hash
@@ -65,7 +72,7 @@ class Recipe:
 def upcycle(source: Path, target: Path, recipe: Recipe) -> None:
     """Write the Switch model that a dense checkpoint, or a run's newest, becomes.
 
-    Memory holds about as much as the dense model, whatever the number of experts.
+    Memory holds a matrix or two, whatever the size of the model.
 
     Raises:
         UserError: `source` is not dense or damaged, or `target` cannot be written.
@@ -85,31 +92,28 @@ def upcycle(source: Path, target: Path, recipe: Recipe) -> None:
         raise UserError("\n".join(problems))
     verify(checkpoint)
     stored = read_headers(sorted(checkpoint.glob("*.safetensors")))
-    files = _files(checkpoint, stored, model, recipe)
-    write_model(target, checkpoint, config, model, files)
+    write_model(target, checkpoint, config, model, _targets(checkpoint, stored, model, recipe))
 
 
-def _files(
+def _targets(
     path: Path, stored: dict[str, StoredTensor], model: ModelConfig, recipe: Recipe
-) -> Iterator[list[Chunk]]:
-    """What is not an expert's, then the experts one by one."""
-    named = dict(meta_model(model).named_parameters())
-    experts = {name: p for name, p in named.items() if spec_of(p).is_expert}
-    rest = []
-    for name, parameter in named.items():
+) -> list[Target]:
+    """The new model's parameters."""
+    targets = []
+    for name, parameter in meta_model(model).named_parameters():
         if name.endswith(".router.weight"):
-            rest.append(Chunk.whole(f"model.{name}", _router(name, parameter, recipe)))
-        elif name not in experts:
-            rest.append(Chunk.whole(f"model.{name}", read_part(path, stored, f"model.{name}")))
-    yield rest
-    for expert in range(recipe.moe.num_experts):
-        chunks = []
-        for name, parameter in experts.items():
-            dense = read_part(path, stored, f"model.{name.replace('.experts.', '.')}")
-            own = _expert(dense, name, expert, recipe)
-            place = (expert, *(0 for _ in dense.shape))
-            chunks.append(Chunk(f"model.{name}", tuple(parameter.shape), place, own[None]))
-        yield chunks
+            make = partial(_router, name, parameter, recipe)
+            sources = [made(name, parameter.shape, torch.float32, make)]
+        else:
+            sparse = spec_of(parameter).is_expert
+            old = f"model.{name.replace('.experts.', '.') if sparse else name}"
+            dtype, shape = stored_dtype(path, stored, old), parameter.shape[sparse:]
+            read = partial(read_part, path, stored, old)
+            if sparse:
+                makes = [partial(_expert, read, name, e, recipe) for e in range(len(parameter))]
+            sources = [made(name, shape, dtype, make) for make in (makes if sparse else [read])]
+        targets.append(Target(name, sources, stacked=spec_of(parameter).is_expert))
+    return targets
 
 
 def _router(name: str, parameter: nn.Parameter, recipe: Recipe) -> Tensor:
@@ -120,7 +124,8 @@ def _router(name: str, parameter: nn.Parameter, recipe: Recipe) -> Tensor:
     return weight.detach() * recipe.router_scale
 
 
-def _expert(dense: Tensor, name: str, expert: int, recipe: Recipe) -> Tensor:
+def _expert(read: Callable[[], Tensor], name: str, expert: int, recipe: Recipe) -> Tensor:
+    dense = read()
     wide = dense.double()
     if recipe.noise:
         draw = torch.Generator().manual_seed(stable_hash(recipe.seed, "noise", name, expert))

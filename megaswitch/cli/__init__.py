@@ -15,8 +15,10 @@ from megaswitch.cli.data import data
 from megaswitch.cli.distill import distill
 from megaswitch.cli.doctor import doctor
 from megaswitch.cli.evaluate import evaluate
+from megaswitch.cli.finetune import finetune
 from megaswitch.cli.generate import generate
 from megaswitch.cli.inspect import inspect_command
+from megaswitch.cli.merge import merge
 from megaswitch.cli.preprocess import preprocess
 from megaswitch.cli.presets import presets
 from megaswitch.cli.study import study
@@ -31,9 +33,9 @@ def cli() -> None:
     """Train Switch Transformers, from a laptop to trillion-parameter clusters."""
 
 
-for command in (presets, tokenizer, preprocess, data, train, distill, evaluate, generate):
+for command in (presets, tokenizer, preprocess, data, train, finetune, distill, merge):
     cli.add_command(command)
-for command in (study, convert, inspect_command, doctor, completion):
+for command in (evaluate, generate, study, convert, inspect_command, doctor, completion):
     cli.add_command(command)
 
 

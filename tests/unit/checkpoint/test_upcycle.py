@@ -183,12 +183,12 @@ def test_the_command_says_what_does_not_fit(switch, tmp_path, capsys):
 
 
 def test_a_full_disk_leaves_nothing_behind(switch, tmp_path, monkeypatch):
-    from megaswitch.checkpoint import new_model
+    from megaswitch.checkpoint import conversion
 
-    def full(path, chunks):
+    def full(path, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(new_model, "write_chunks", full)
+    monkeypatch.setattr(conversion, "write_bytes", full)
     usage = usage_file(tmp_path / "usage.json", USAGE, USAGE)
     with pytest.raises(UserError, match="No space left on device"):
         prune(switch, tmp_path / "small", usage, 2, merge=False)

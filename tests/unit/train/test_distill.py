@@ -235,6 +235,7 @@ def test_all_that_is_wrong_with_a_teacher_is_said_at_once(student, teacher):
             ["--distill.teacher=x", "--distill.start_step=1000"],
             "must be less than train.steps=1000",
         ),
+        (["--distill.teacher=x", "--train.init_from=y"], "both give the student its first"),
         (
             ["--distill.teacher=x", "--distill.logits=y", "--distill.top_k=40000"],
             "must not exceed model.vocab_size=32128",
