@@ -25,6 +25,7 @@ from megaswitch.rules_parallel import REFUSED, check_parallel
 from megaswitch.schema import (
     CheckpointConfig,
     DataConfig,
+    DistillConfig,
     LoRAConfig,
     ModelConfig,
     MoEConfig,
@@ -37,6 +38,7 @@ from megaswitch.schema import (
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "DistillConfig",
     "LoRAConfig",
     "MoEConfig",
     "ModelConfig",

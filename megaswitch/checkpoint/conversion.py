@@ -76,6 +76,7 @@ def write_checkpoint(
     options: Options,
     tokenizer: bytes | None,
     notes: Sequence[str] = (),
+    run: RunConfig | None = None,
 ) -> Converted:
     """Write a checkpoint at step 0 of a run that has seen no data.
 
@@ -86,6 +87,7 @@ def write_checkpoint(
         options: how.
         tokenizer: content of a SentencePiece model.
         notes: to be reported.
+        run: the rest of its configuration; None: defaults.
 
     Raises:
         UserError: a source is damaged or the destination cannot be written; it then does not exist.
@@ -104,7 +106,7 @@ def write_checkpoint(
         )
         if tokenizer:
             files["tokenizer.model"] = write_bytes(folder / "tokenizer.model", tokenizer)
-        config = to_toml(run_config(model)).encode()
+        config = to_toml(replace(run, model=model) if run else run_config(model)).encode()
         files["config.toml"] = write_bytes(folder / "config.toml", config)
         state = state_json(TrainState(step=0, samples=0, fingerprint=""), files)
         write_bytes(folder / "state.json", state.encode())

@@ -7,9 +7,8 @@ write into a folder of another name, which rank 0 renames once every file is on 
 no half checkpoint.
 
 In the background, a save costs training one copy of what the rank writes. A thread does the rest:
-it writes and sums outside the interpreter's lock, so that it takes a part of one core and the disk
-from training, and talks to other ranks through a gloo group of its own, so that its messages never
-mix with those of training.
+it writes and sums outside the interpreter's lock, taking part of one core and the disk from
+training, and talks to other ranks through a gloo group of its own, apart from training's.
 """
 
 from __future__ import annotations
@@ -53,14 +52,15 @@ class TrainState:
         step: optimizer steps done.
         samples: training sequences consumed; the position in the data.
         fingerprint: of the training data and its order; a resume on other data is refused.
-        mixture: of several sources, since when each proportion holds: [first sample, quota of each
-            source in a block, ...].
+        mixture: of sources, since when each holds: [first sample, quota of each in a block, ...].
+        teacher: of a distilled run: fingerprint of what it learns from.
     """
 
     step: int
     samples: int
     fingerprint: str
     mixture: list[list[int]] = field(default_factory=list)
+    teacher: str = ""
 
 
 class CheckpointManager:
@@ -326,7 +326,7 @@ def read_state(path: Path) -> dict[str, Any]:
             if any(Path(name).name != name for name in content["files"]):
                 raise ValueError("a file of it is said to lie elsewhere")
             state = TrainState(**content["state"])
-            values += [(state.step, state.fingerprint), (state.samples, state.fingerprint)]
+            values += [(state.step, state.fingerprint), (state.samples, state.teacher)]
             values += [(number, "") for segment in state.mixture for number in segment]
             if any((type(number), type(text)) != (int, str) for number, text in values):
                 raise ValueError("a number or a text is none")

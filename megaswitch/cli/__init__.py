@@ -12,6 +12,7 @@ from megaswitch.cli.common import explain
 from megaswitch.cli.completion import completion
 from megaswitch.cli.convert import convert
 from megaswitch.cli.data import data
+from megaswitch.cli.distill import distill
 from megaswitch.cli.doctor import doctor
 from megaswitch.cli.evaluate import evaluate
 from megaswitch.cli.finetune import finetune
@@ -21,6 +22,7 @@ from megaswitch.cli.merge import merge
 from megaswitch.cli.preprocess import preprocess
 from megaswitch.cli.presets import presets
 from megaswitch.cli.reshard import reshard
+from megaswitch.cli.study import study
 from megaswitch.cli.tokenizer import tokenizer
 from megaswitch.cli.train import train
 from megaswitch.log import UserError, is_rank_zero
@@ -32,9 +34,9 @@ def cli() -> None:
     """Train Switch Transformers, from a laptop to trillion-parameter clusters."""
 
 
-for command in (presets, tokenizer, preprocess, data, train, finetune, merge, evaluate, generate):
+for command in (presets, tokenizer, preprocess, data, train, finetune, distill, merge):
     cli.add_command(command)
-for command in (convert, reshard, inspect_command, doctor, completion):
+for command in (evaluate, generate, study, convert, reshard, inspect_command, doctor, completion):
     cli.add_command(command)
 
 

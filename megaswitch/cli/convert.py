@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from megaswitch.cli.common import PATH, echo
+from megaswitch.cli.upcycle import prune, upcycle
 from megaswitch.log import UserError
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ LOCATION = _Location()
 
 @click.group()
 def convert() -> None:
-    """Models of Hugging Face and T5X in, models for Hugging Face out.
+    """Models of Hugging Face and T5X in, models for Hugging Face out, models of other models.
 
     Tensors are streamed: memory holds a few pieces, however large the model. Places are local
     folders, or URLs such as s3://bucket/folder with the extra s3 or gcs. A destination must not
@@ -197,3 +198,7 @@ def _progress(total: int) -> Iterator[Advance]:
     with bar:
         task = bar.add_task("", total=total)
         yield lambda written: bar.advance(task, written)
+
+
+convert.add_command(upcycle)
+convert.add_command(prune)

@@ -125,7 +125,7 @@ def _read_run(
 ) -> tuple[dict[str, Any], Callable[[dict[str, Any]], None]]:
     from megaswitch.cli.inspect_run import print_run, run_report
     from megaswitch.cli.plot_run import plot_run
-    from megaswitch.train.metrics import read_metrics
+    from megaswitch.metrics_file import read_metrics
     from megaswitch.train.plots import check_plot
 
     if plot and is_rank_zero():
