@@ -130,7 +130,7 @@ def prune(source: Path, target: Path, usage_file: Path, number: int, *, merge: b
     experts = config.model.moe.num_experts
     if not 1 <= number < experts:
         raise UserError(
-            f"--experts {number} must be at least 1 and less than the {experts} experts of "
+            f"--num-experts {number} must be at least 1 and less than the {experts} experts of "
             f"{checkpoint}"
         )
     usage = read_usage(usage_file, config.model)

@@ -15,7 +15,7 @@ _MOST_DIFFERENCE = 1e-2  # of an upcycled model's logits, over the largest
 @click.command()
 @click.argument("checkpoint", type=PATH)
 @click.argument("output", type=PATH)
-@click.option("--experts", type=click.IntRange(min=1), required=True,
+@click.option("--num-experts", "experts", type=click.IntRange(min=1), required=True,
               help="Experts of each Switch layer.")  # fmt: skip
 @click.option("--every", type=click.IntRange(min=1), default=2, show_default=True,
               help="Every n-th layer of both stacks becomes sparse.")  # fmt: skip
@@ -46,8 +46,8 @@ def upcycle(checkpoint: Path, output: Path, every: int, check: bool, **request: 
 
     \b
     Examples:
-      megaswitch convert upcycle runs/t5-base models/switch-base-8 --experts 8 --check
-      megaswitch convert upcycle runs/t5-base models/switch-base-32 --experts 32 --noise 0.01
+      megaswitch convert upcycle runs/t5-base models/switch-base-8 --num-experts 8 --check
+      megaswitch convert upcycle runs/t5-base models/switch-base-32 --num-experts 32 --noise 0.01
     """
     from megaswitch.checkpoint.manager import find_checkpoint, read_config
     from megaswitch.checkpoint.upcycle import Recipe, compare
@@ -87,7 +87,7 @@ def upcycle(checkpoint: Path, output: Path, every: int, check: bool, **request: 
 @click.command()
 @click.argument("checkpoint", type=PATH)
 @click.argument("output", type=PATH)
-@click.option("--experts", type=click.IntRange(min=1), required=True,
+@click.option("--num-experts", "experts", type=click.IntRange(min=1), required=True,
               help="Experts left in each Switch layer.")  # fmt: skip
 @click.option("--usage", type=PATH, required=True,
               help="What megaswitch evaluate --json printed of its experts' use.")  # fmt: skip
@@ -102,8 +102,8 @@ def prune(checkpoint: Path, output: Path, experts: int, usage: Path, merge: bool
     \b
     Examples:
       megaswitch evaluate runs/switch-64 data/valid --json > usage.json
-      megaswitch convert prune runs/switch-64 models/switch-16 --experts 16 --usage usage.json
-      megaswitch convert prune runs/switch-64 models/merged --experts 16 --usage usage.json --merge
+      megaswitch convert prune runs/switch-64 models/switch-16 --num-experts 16 --usage usage.json
+      megaswitch convert prune runs/switch-64 models/merged --num-experts 16 --usage usage.json --merge
     """
     from megaswitch.checkpoint.prune import prune as run
 

@@ -106,14 +106,14 @@ def test_noise_makes_experts_differ(dense, tmp_path):
 
 
 def test_the_command_checks_itself(dense, tmp_path, capsys):
-    words = ("convert", "upcycle", dense, tmp_path / "sparse", "--experts", "4", "--check")
+    words = ("convert", "upcycle", dense, tmp_path / "sparse", "--num-experts", "4", "--check")
     assert "logits differ by at most" in printed(capsys, *words)
     assert "exists already" in refusal(*words)
-    bad = ("convert", "upcycle", dense, tmp_path / "bad", "--experts", "4", "--check")
+    bad = ("convert", "upcycle", dense, tmp_path / "bad", "--num-experts", "4", "--check")
     assert "does not compute what" in refusal(*bad, "--router-scale", "1.0")
-    twice = ("convert", "upcycle", tmp_path / "sparse", tmp_path / "more", "--experts", "8")
+    twice = ("convert", "upcycle", tmp_path / "sparse", tmp_path / "more", "--num-experts", "8")
     assert "has 4 experts already" in refusal(*twice)
-    every = ("convert", "upcycle", dense, tmp_path / "e", "--experts", "8", "--every", "3")
+    every = ("convert", "upcycle", dense, tmp_path / "e", "--num-experts", "8", "--every", "3")
     assert "sparse_step=3 must not exceed" in refusal(*every)
     assert not (tmp_path / "e").exists()
 
@@ -171,15 +171,15 @@ def test_merged_experts_are_means_weighted_by_use(switch, tmp_path):
 def test_the_command_says_what_does_not_fit(switch, tmp_path, capsys):
     usage = usage_file(tmp_path / "usage.json", USAGE, [1, 2, 3, 4])
     start = ("convert", "prune", switch, tmp_path / "small", "--usage")
-    assert "less than the 4 experts" in refusal(*start, usage, "--experts", "4")
-    assert "does not exist" in refusal(*start, tmp_path / "none.json", "--experts", "2")
+    assert "less than the 4 experts" in refusal(*start, usage, "--num-experts", "4")
+    assert "does not exist" in refusal(*start, tmp_path / "none.json", "--num-experts", "2")
     other = usage_file(tmp_path / "other.json", [1, 2], [3, 4])
-    assert "encoder.1.ffn: 2 experts" in refusal(*start, other, "--experts", "1")
+    assert "encoder.1.ffn: 2 experts" in refusal(*start, other, "--num-experts", "1")
     for text in ("[]", "{", '{"total": {"router": {"a": {"tokens_per_expert": [-1]}}}}'):
         (tmp_path / "bad.json").write_text(text)
-        message = refusal(*start, tmp_path / "bad.json", "--experts", "2")
+        message = refusal(*start, tmp_path / "bad.json", "--num-experts", "2")
         assert "is not what megaswitch evaluate --json prints" in message
-    assert "the 2 most used experts" in printed(capsys, *start, usage, "--experts", "2")
+    assert "the 2 most used experts" in printed(capsys, *start, usage, "--num-experts", "2")
 
 
 def test_a_full_disk_leaves_nothing_behind(switch, tmp_path, monkeypatch):
