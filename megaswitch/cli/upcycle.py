@@ -46,8 +46,8 @@ def upcycle(checkpoint: Path, output: Path, every: int, check: bool, **request: 
 
     \b
     Examples:
-      megaswitch convert upcycle runs/t5-base models/switch-base-8 --num-experts 8 --check
-      megaswitch convert upcycle runs/t5-base models/switch-base-32 --num-experts 32 --noise 0.01
+      megaswitch convert upcycle runs/t5-base switch-base-8 --num-experts 8 --check
+      megaswitch convert upcycle runs/t5-base switch-base-32 --num-experts 32 --noise 0.01
     """
     from megaswitch.checkpoint.manager import find_checkpoint, read_config
     from megaswitch.checkpoint.upcycle import Recipe, compare
@@ -102,8 +102,8 @@ def prune(checkpoint: Path, output: Path, experts: int, usage: Path, merge: bool
     \b
     Examples:
       megaswitch evaluate runs/switch-64 data/valid --json > usage.json
-      megaswitch convert prune runs/switch-64 models/switch-16 --num-experts 16 --usage usage.json
-      megaswitch convert prune runs/switch-64 models/merged --num-experts 16 --usage usage.json --merge
+      megaswitch convert prune runs/switch-64 switch-16 --num-experts 16 --usage usage.json
+      megaswitch convert prune runs/switch-64 merged --num-experts 16 --usage u.json --merge
     """
     from megaswitch.checkpoint.prune import prune as run
 
