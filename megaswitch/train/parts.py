@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -70,8 +70,17 @@ class Parts:
             model.train(mode)
 
 
+def _allocate(module: nn.Module, device: torch.device) -> None:
+    module.to_empty(device=device)
+
+
 def build_parts(
-    config: RunConfig, mesh: Mesh, *, lengths: tuple[int, int] = (512, 114), training: bool = True
+    config: RunConfig,
+    mesh: Mesh,
+    *,
+    lengths: tuple[int, int] = (512, 114),
+    training: bool = True,
+    allocate: Callable[[nn.Module, torch.device], object] = _allocate,
 ) -> Parts:
     """Build this rank's part, unfilled.
 
@@ -80,6 +89,7 @@ def build_parts(
         mesh: the ranks.
         lengths: of encoder and decoder rows, by which a pipeline is balanced.
         training: False for evaluation: nothing is sharded over data-parallel ranks.
+        allocate: gives parameters on the meta device their memory.
     """
     stages = _stages(config, mesh, lengths)
     specs: dict[str, ShardSpec] = {}
@@ -107,7 +117,7 @@ def build_parts(
             if zero:
                 sharded |= _shard(root, model, specs, config, mesh)
             if mesh.group is not None:
-                model.to_empty(device=mesh.device)
+                allocate(model, mesh.device)
             models[stage.index] = model
     named = _share_biases(models)
     holders = _holders(config, stages, mesh)

@@ -23,6 +23,7 @@ FLOORS = [
     {"model", "data"},
     {"optim", "checkpoint"},
     {"train"},
+    {"scale"},
     {"cli", "__init__"},
     {"__main__"},
 ]

@@ -1,0 +1,211 @@
+"""What a rehearsed step does: every tensor's life, every collective, every floating-point operation.
+
+Tensors have shapes but no memory (torch's fake tensors), so that a rank of thousands fits a laptop.
+Memory is counted by storages, as an allocator would see them: born with the first tensor on one,
+dead with the last. Work memory inside a kernel is not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+KINDS = ("weights", "gradients", "optimizer", "activations", "buffers")
+
+
+@dataclass
+class Allocation:
+    """One storage's life. Times count allocations and deaths; `died` is None while it lives."""
+
+    size: int
+    kind: str
+    born: int
+    died: int | None = None
+
+
+class Memory:
+    """All storages of a rehearsal, and the most that lived at once since `reset_peak`."""
+
+    def __init__(self) -> None:
+        self.live = self.peak = self._now = self._peak_at = 0
+        self.kind = "buffers"  # of what is born next
+        self._all: list[Allocation] = []
+        self._of: dict[int, tuple[weakref.ref[Any], Allocation]] = {}
+
+    @contextmanager
+    def of_kind(self, kind: str) -> Iterator[None]:
+        """Inside, what is born is of this kind, unless `mark` says otherwise later."""
+        before, self.kind = self.kind, kind
+        try:
+            yield
+        finally:
+            self.kind = before
+
+    def see(self, tensor: Tensor) -> None:
+        """Count the tensor's storage, if it is new."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._of:
+            reference = weakref.ref(storage, lambda _: self._forget(key))
+            self._of[key] = reference, self._born(storage.nbytes())
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """FSDP2 frees gathered weights by resizing their storage to nothing, and back."""
+        if storage._cdata in self._of:
+            reference, allocation = self._of[storage._cdata]
+            self._die(allocation)
+            self._of[storage._cdata] = reference, self._born(storage.nbytes())
+
+    def mark(self, tensors: Iterable[Tensor], kind: str) -> None:
+        """Say what these tensors are, from their birth on."""
+        for tensor in tensors:
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            self.see(local)
+            self._of[local.untyped_storage()._cdata][1].kind = kind
+
+    def reset_peak(self) -> None:
+        """Look for a new peak from here on."""
+        self.peak, self._peak_at = self.live, self._now
+        self._all = [a for a in self._all if a.died is None]
+
+    def at_peak(self) -> dict[str, int]:
+        """Bytes by kind when most were alive."""
+        sizes = dict.fromkeys(KINDS, 0)
+        for a in self._all:
+            if a.born <= self._peak_at and (a.died is None or a.died > self._peak_at):
+                sizes[a.kind] += a.size
+        return sizes
+
+    def _born(self, size: int) -> Allocation:
+        self._now += 1
+        allocation = Allocation(size, self.kind, self._now)
+        self._all.append(allocation)
+        self.live += size
+        if self.live > self.peak:
+            self.peak, self._peak_at = self.live, self._now
+        return allocation
+
+    def _forget(self, key: int) -> None:
+        _, allocation = self._of.pop(key)
+        self._die(allocation)
+
+    def _die(self, allocation: Allocation) -> None:
+        self._now += 1
+        allocation.died = self._now
+        self.live -= allocation.size
+
+
+@dataclass(frozen=True, order=True)
+class Collective:
+    """A kind of collective: what, over which axis, and bytes as `parallel/README.md` counts."""
+
+    operation: str
+    axis: str
+    size: int
+
+
+_OPERATIONS = {
+    "allreduce_": "all_reduce",
+    "_allgather_base_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "alltoall_base_": "all_to_all",
+    "send": "send",
+}
+
+
+class Recorder(TorchDispatchMode):
+    """Sees every operation inside. Enter it within `FakeTensorMode`.
+
+    Args:
+        axis_of: the name of the axis that a group of ranks is, by the group's name.
+
+    Attributes:
+        memory: of all tensors.
+        collectives: how many of each kind.
+        flops: of matrix products and attention.
+    """
+
+    def __init__(self, axis_of: Mapping[str, str]) -> None:
+        super().__init__()
+        self.axis_of = axis_of
+        self.memory = Memory()
+        self.collectives: Counter[Collective] = Counter()
+        self.flops = 0
+
+    def __enter__(self) -> Recorder:
+        resize = torch.UntypedStorage.resize_
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            self.memory.resized(storage)
+            return result
+
+        self._patch = mock.patch.object(torch.UntypedStorage, "resize_", resize_)
+        self._patch.start()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._patch.stop()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Let the operation run, and write down what it was."""
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it comes again, with local tensors
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.memory.see(leaf)
+        if func.namespace == "c10d":
+            self._collective(func, args)
+        else:
+            self.flops += _flops(func, args, kwargs or {}, result)
+        return result
+
+    def _collective(self, func: Any, args: tuple[Any, ...]) -> None:
+        operation = _OPERATIONS.get(func._schema.name.partition("::")[2])
+        if operation is None:
+            return
+        tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+        sizes = [t.numel() * t.element_size() for t in tensors]
+        group = next(
+            dist.ProcessGroup.unbox(a)
+            for a in args
+            if isinstance(a, torch.ScriptObject) and "ProcessGroup" in a._type().name()
+        )
+        size = sizes[1] if operation == "all_to_all" else max(sizes)
+        self.collectives[Collective(operation, self.axis_of[group.group_name], size)] += 1
+
+
+def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    packet = func._overloadpacket
+    if packet is torch.ops.aten._grouped_mm:
+        return _grouped_flops(args[0], args[1], result)
+    formula: Callable[..., int] | None = flop_registry.get(packet)
+    return formula(*args, **kwargs, out_val=result) if formula else 0
+
+
+def _grouped_flops(a: Tensor, b: Tensor, result: Tensor) -> int:
+    """Rows of one matrix times as many of the other, whichever group they fall in.
+
+    [N, K] · [E, K, M] gives [N, M]; [K, N] · [N, M], cut along N, gives [E, K, M].
+    """
+    if b.ndim == 3:
+        return 2 * a.shape[0] * a.shape[1] * b.shape[2]
+    return 2 * a.shape[0] * a.shape[1] * b.shape[1]

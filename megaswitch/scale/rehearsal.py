@@ -1,0 +1,434 @@
+"""One rank of a world of any size, rehearsed: the code of a training step runs on shapes alone.
+
+The rank's stages are built, sliced and wrapped as for training, in a group of ranks that are not
+there, and run forward, backward and through the optimizer. torch's pipeline schedules need ranks
+that answer, so the order of actions is taken from the schedule and its stages are called in it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.fsdp import FSDPModule
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megaswitch.config import RunConfig
+from megaswitch.data.span_corruption import Seq2SeqBatch, span_shape
+from megaswitch.layers.kernels import rehearse
+from megaswitch.layers.noise import Noise
+from megaswitch.log import UserError
+from megaswitch.model.moe import SwitchFFN
+from megaswitch.model.router import expert_capacity
+from megaswitch.model.switch_transformer import Inputs, rows_per_group
+from megaswitch.optim.build import build_optimizer, clip_gradients
+from megaswitch.parallel.mesh import Mesh
+from megaswitch.parallel.weights import Weight
+from megaswitch.scale.recorder import Collective, Recorder
+from megaswitch.train.objectives import BatchSize, MicroBatch
+from megaswitch.train.parts import Parts, build_parts
+from megaswitch.train.runner import Runner, nothing
+
+# The first of several axes that have the same ranks names them all.
+_AXES = ("tp", "ep", "pp", "edp", "shard", "replica", "dense_shard", "dp", "world")
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class RankStep:
+    """What one rank does in a training step, after the first.
+
+    Attributes:
+        rank: of the world.
+        pipeline_rank: its place in the pipeline.
+        blocks: names of the layers that it has, such as "encoder.3".
+        parameters: numbers that it holds.
+        parameters_counted: numbers of the global weights that its pipeline rank is first to hold.
+        memory: bytes by kind when most were in use.
+        resident: bytes between two steps.
+        collectives: calls of each kind.
+        flops: of matrix products and attention, recomputed ones too.
+        micro_batches: of a step.
+    """
+
+    rank: int
+    pipeline_rank: int
+    blocks: tuple[str, ...]
+    parameters: int
+    parameters_counted: int
+    memory: dict[str, int]
+    resident: int
+    collectives: dict[Collective, int]
+    flops: int
+    micro_batches: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes in use when most were."""
+        return sum(self.memory.values())
+
+
+def row_lengths(config: RunConfig) -> tuple[int, int]:
+    """Tokens of encoder and decoder rows, without opening any data."""
+    data = config.data
+    if data.decoder_length is not None:
+        return data.encoder_length, data.decoder_length
+    if data.objective == "prefix-lm":
+        raise UserError(
+            "data.decoder_length is not set, and with data.objective='prefix-lm' only the data "
+            "tell it; give it: --data.decoder_length=N"
+        )
+    shape = span_shape(
+        data.encoder_length, data.noise_density, data.mean_span_length, data.random_roll
+    )
+    return data.encoder_length, shape[1]
+
+
+def rehearse_rank(config: RunConfig, world: int, rank: int, kind: str) -> RankStep:
+    """Run one training step of a rank without its peers and without memory.
+
+    Args:
+        config: of the run, which fits `world` ranks.
+        world: number of ranks.
+        rank: which.
+        kind: whose kernels: "cpu" or "cuda".
+
+    Raises:
+        UserError: this process is one of several ranks itself, or the rehearsal cannot show this.
+    """
+    if dist.is_initialized():
+        raise UserError("a rehearsal needs a process that is no rank itself; start it alone")
+    if kind == "cuda" and config.train.precision != "bf16" and config.model.moe.num_experts:
+        raise UserError(
+            f"train.precision={config.train.precision!r} cannot be rehearsed for a GPU, as torch "
+            "knows the shapes of grouped products in bf16 alone; use train.precision='bf16', or "
+            "rehearse for a CPU"
+        )
+    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    try:
+        mesh = Mesh.over_ranks(_CPU, config.parallel)
+        with rehearse(kind):
+            return _Rehearsal(config, mesh).run()
+    finally:
+        dist.destroy_process_group()
+
+
+class _Rehearsal:
+    def __init__(self, config: RunConfig, mesh: Mesh) -> None:
+        self.config, self.mesh = config, mesh
+        self.lengths = row_lengths(config)
+        groups = ((name, mesh.axis(name).group) for name in reversed(_AXES))
+        self.recorder = Recorder({g.group_name: name for name, g in groups if g is not None})
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.memory = self.recorder.memory
+        self.tokens = 0  # of the Switch layer that runs
+        self.micro_batches = config.train.batch_size // (
+            mesh.dp.size * config.train.micro_batch_size
+        )
+
+    def run(self) -> RankStep:
+        parts = build_parts(
+            self.config, self.mesh, lengths=self.lengths, allocate=self._allocate
+        )
+        parts.train()
+        runner = Runner(self.config, self.mesh, parts)
+        for model in parts.models.values():
+            for module in model.modules():
+                if isinstance(module, SwitchFFN):
+                    module.register_forward_pre_hook(self._enter)
+        with ExitStack() as stack:
+            stack.enter_context(self.fake)
+            stack.enter_context(self.recorder)
+            stack.enter_context(self._answers())
+            self.memory.mark((w.local for w in parts.weights.values()), "weights")
+            optimizer = build_optimizer(parts.parameters(), self.config.optim)
+            micro = self._micro_batch()
+            step = _Pipelined if runner.has_pipeline else _Plain
+            collectives, flops = step(self, parts, runner, optimizer, micro).count()
+            resident = self.memory.live
+        weights = parts.weights.values()
+        return RankStep(
+            self.mesh.rank,
+            self.mesh.axis("pp").rank,
+            tuple(b.site for m in parts.models.values() for s in (m.encoder, m.decoder)
+                  for b in s.blocks),
+            sum(w.local.numel() for w in weights),
+            sum(_global_numel(w) for w in weights if w.block.counts),
+            self.memory.at_peak(),
+            resident,
+            {c: n for c, n in sorted(collectives.items()) if n and self.mesh.size > 1},
+            flops,
+            self.micro_batches,
+        )  # fmt: skip
+
+    def _allocate(self, module: nn.Module, device: torch.device) -> None:
+        with self.fake:
+            module.to_empty(device=device)
+
+    def _enter(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        self.tokens = arguments[1].numel()
+
+    def _micro_batch(self) -> MicroBatch:
+        rows = self.config.train.micro_batch_size
+        encoder, decoder = self.lengths
+        packed = self.config.data.packing
+        with self.memory.of_kind("buffers"):
+
+            def full(length: int, dtype: torch.dtype = torch.int64) -> Tensor:
+                return torch.ones(rows, length, dtype=dtype)
+
+            samples = torch.zeros(rows, dtype=torch.int64)
+            masks = full(encoder, torch.bool), full(decoder, torch.bool)
+            segments = (full(encoder), full(decoder)) if packed else (None, None)
+            batch = Seq2SeqBatch(
+                encoder_tokens=full(encoder),
+                decoder_tokens=full(decoder),
+                decoder_targets=full(decoder),
+                encoder_mask=masks[0],
+                decoder_mask=masks[1],
+                sample_index=samples,
+                encoder_segments=segments[0],
+                decoder_segments=segments[1],
+            )
+            shapes = batch.encoder_tokens.shape, batch.decoder_tokens.shape
+            inputs = Inputs(
+                *shapes, *(masks if packed else (None, None)), Noise(0, 0, samples), *segments
+            )
+        return MicroBatch(batch, inputs)
+
+    @contextmanager
+    def _answers(self) -> Iterator[None]:
+        """What the host reads from tensors that hold nothing: an even load; a count of steps."""
+        with (
+            mock.patch.object(FakeTensor, "tolist", self._tolist()),
+            mock.patch.object(FakeTensor, "item", lambda _: 1.0, create=True),
+        ):
+            yield
+
+    def _tolist(self) -> Any:
+        moe, ep = self.config.model.moe, self.mesh.axis("ep").size
+
+        def tolist(tensor: Tensor) -> Any:
+            if tensor.ndim == 1:  # where the rows of each expert here end
+                share = self.tokens * ep / moe.num_experts
+                share = min(share, self._slots() * ep)
+                return [int(share * (i + 1)) for i in range(len(tensor))]
+            # rows to and from each rank, in each chunk of an exchange
+            directions, chunks, ranks = tensor.shape
+            even = _even(self.tokens, chunks * ranks)
+            rows = [even[i * ranks : (i + 1) * ranks] for i in range(chunks)]
+            return [rows for _ in range(directions)]
+
+        return tolist
+
+    def _slots(self) -> float:
+        """Rows that an expert takes of a micro-batch."""
+        moe, rows = self.config.model.moe, self.config.train.micro_batch_size
+        if moe.capacity_mode == "dropless":
+            return float("inf")
+        if moe.capacity_mode == "hf":
+            return moe.hf_capacity * rows
+        group = min(rows, rows_per_group(self.config.model, self.lengths[0]))
+        size = self.tokens // rows * group
+        slots = expert_capacity(size, moe.num_experts, moe.train_capacity_factor, moe.min_capacity)
+        return slots * (rows // group)
+
+
+def _even(total: int, parts: int) -> list[int]:
+    return [total * (i + 1) // parts - total * i // parts for i in range(parts)]
+
+
+def _global_numel(weight: Weight) -> int:
+    return int(torch.Size(weight.block.shape).numel())
+
+
+Counts = tuple[Counter[Collective], int]
+
+
+class _Plain:
+    """Steps without a pipeline: one of one micro-batch, then one of two, if there are two."""
+
+    def __init__(
+        self,
+        rehearsal: _Rehearsal,
+        parts: Parts,
+        runner: Runner,
+        optimizer: torch.optim.Optimizer,
+        micro: MicroBatch,
+    ) -> None:
+        self.rehearsal, self.parts, self.runner = rehearsal, parts, runner
+        self.optimizer, self.micro = optimizer, micro
+        self.recorder, self.memory = rehearsal.recorder, rehearsal.memory
+        rows = rehearsal.config.train.batch_size
+        self.whole = BatchSize(rows, rows * rehearsal.lengths[1])
+
+    def count(self) -> Counts:
+        """All of a step, by what the second micro-batch adds; the peak is of the last step."""
+        number = self.rehearsal.micro_batches
+        first = self._step(1)
+        self.memory.reset_peak()
+        second = self._step(min(number, 2))
+        if number <= 2:
+            return second
+        return _extrapolate(second, _difference(second, first), number - 2)
+
+    def _step(self, micro_batches: int) -> Counts:
+        before = Counter(self.recorder.collectives), self.recorder.flops
+        with self.memory.of_kind("activations"):
+            self._backward(micro_batches)
+        with self.memory.of_kind("buffers"):
+            self.parts.gradients.finish()
+            weights = self.parts.weights.values()
+            self.memory.mark((w.local.grad for w in weights if w.local.grad is not None),
+                             "gradients")  # fmt: skip
+            clip_gradients(
+                self.parts.parameters(),
+                self.rehearsal.config.optim.clip_grad_norm,
+                self.rehearsal.mesh,
+            )
+            self.optimizer.step()
+            states = self.optimizer.state.values()
+            self.memory.mark(
+                (t for state in states for t in state.values() if isinstance(t, Tensor)),
+                "optimizer",
+            )
+        self.parts.gradients.clear()
+        return _difference((self.recorder.collectives, self.recorder.flops), before)
+
+    def _backward(self, micro_batches: int) -> None:
+        self.runner.backward([self.micro] * micro_batches, self.whole, nothing)
+
+
+def _difference(now: Counts, before: Counts) -> Counts:
+    return Counter(now[0]) - before[0], now[1] - before[1]
+
+
+def _extrapolate(counts: Counts, one: Counts, times: int) -> Counts:
+    total = Counter(counts[0])
+    for key, calls in one[0].items():
+        total[key] += times * calls
+    return total, counts[1] + times * one[1]
+
+
+class _Pipelined(_Plain):
+    """Steps of a pipeline rank, its stages called in the order of torch's schedule."""
+
+    def count(self) -> Counts:
+        """Two rounds of micro-batches show all that more of them would."""
+        number, ranks = self.rehearsal.micro_batches, self.rehearsal.mesh.axis("pp").size
+        gpipe = self.rehearsal.config.parallel.schedule == "gpipe"  # holds all at once
+        shown = number if gpipe else min(number, 2 * ranks)
+        self._buffers = self._receive_buffers(number)
+        self._step(min(number, ranks))
+        self.memory.reset_peak()
+        counts = self._step(shown)
+        return _extrapolate(counts, self._last, number - shown)
+
+    def _receive_buffers(self, number: int) -> dict[int, list[tuple[Tensor, ...]]]:
+        """By stage, what torch keeps for each micro-batch: of the stage before, of the one after.
+
+        Both directions carry the same shapes; an end of the pipeline has one direction.
+        """
+        pipeline = self.runner.pipeline_for(self.micro)
+        self.pipeline = pipeline
+        with self.memory.of_kind("buffers"):
+
+            def receive() -> list[tuple[Tensor, ...]]:
+                return [
+                    tuple(torch.empty_like(t, device=_CPU) for t in pipeline.carry)
+                    for _ in range(number)
+                ]
+
+            self._gradients = {s: receive() for s in pipeline.modules if s < pipeline.stages - 1}
+            return {s: receive() for s in pipeline.modules if s > 0}
+
+    def _backward(self, micro_batches: int) -> None:
+        runner, pipeline = self.runner, self.pipeline
+        runner.micro, runner.whole = [self.micro] * micro_batches, self.whole
+        runner.record, runner.attached = nothing, torch.zeros((), dtype=torch.float64)
+        schedule = pipeline.schedule(micro_batches)
+        single = hasattr(schedule, "_stage")
+        stages = [schedule._stage] if single else schedule._stages
+        orders = schedule.pipeline_order if single else schedule.pipeline_order_with_comms
+        self._stages = {stage.stage_index: stage for stage in stages}
+        self._kept: dict[tuple[int, int], tuple[Any, list[Tensor]]] = {}
+        self._waiting: dict[tuple[int, int], Any] = {}
+        seen: Counter[Any] = Counter()
+        self._last = Counter(), 0
+        for action in orders[pipeline.axis.rank]:
+            kind = action.computation_type.name
+            # torch's lists for one stage number their forward passes from 1 on the last rank.
+            number = seen[kind] if single else action.microbatch_index
+            seen[kind] += 1
+            before = Counter(self.recorder.collectives), self.recorder.flops
+            self._act(kind, action.stage_index, number)
+            if number == micro_batches - 1:
+                now = self.recorder.collectives, self.recorder.flops
+                self._last = _extrapolate(self._last, _difference(now, before), 1)
+        for stage in self._stages.values():
+            if single and isinstance(stage.submod, FSDPModule):
+                stage.perform_reduce_grad(1)
+
+    def _act(self, kind: str, stage: int, number: int) -> None:
+        if kind == "FORWARD":
+            self._forward(stage, number)
+        elif kind in ("FULL_BACKWARD", "BACKWARD_INPUT"):
+            self._backward_of(stage, number, wait=kind == "BACKWARD_INPUT")
+        elif kind == "BACKWARD_WEIGHT":
+            self._waiting.pop((stage, number))()
+        elif kind == "REDUCE_GRAD":
+            if isinstance(self._stages[stage].submod, FSDPModule):
+                self._stages[stage].perform_reduce_grad(1)
+        elif kind in ("UNSHARD", "RESHARD"):
+            for module in self._stages[stage].submod.modules():
+                if isinstance(module, FSDPModule):
+                    module.unshard() if kind == "UNSHARD" else module.reshard()
+        else:
+            assert kind in ("SEND_F", "SEND_B", "RECV_F", "RECV_B"), kind
+
+    def _forward(self, index: int, number: int) -> None:
+        inputs = [torch.zeros(1, dtype=torch.int64)]
+        if index > 0:
+            inputs = [t.detach().requires_grad_() for t in self._buffers[index][number]]
+        outputs = self.pipeline.modules[index](*inputs, micro_batch=number)
+        if index == self.pipeline.stages - 1:
+            self._kept[index, number] = outputs.sum(), inputs
+        else:
+            self._send()
+            self._kept[index, number] = outputs, inputs
+
+    def _backward_of(self, index: int, number: int, *, wait: bool) -> None:
+        outputs, inputs = self._kept.pop((index, number))
+        last = index == self.pipeline.stages - 1
+        self._stages[index].backward_maybe_with_nosync(
+            "full",
+            {
+                "stage_output": outputs,
+                "output_grads": None if last else self._gradients[index][number],
+                "input_values": inputs,
+            },
+            last_backward=False,
+        )
+        if index > 0:
+            self._send()
+        if index in self.pipeline.later:
+            run = self.pipeline.later[index]()
+            if wait:
+                self._waiting[index, number] = run
+            else:
+                run()
+
+    def _send(self) -> None:
+        sizes: dict[int, int] = defaultdict(int)
+        for tensor in self.pipeline.carry:
+            sizes[tensor.numel() * tensor.element_size()] += 1
+        for size, count in sizes.items():
+            self.recorder.collectives[Collective("send", "pp", size)] += count
