@@ -17,6 +17,7 @@ from megaswitch.cli.generate import generate
 from megaswitch.cli.inspect import inspect_command
 from megaswitch.cli.preprocess import preprocess
 from megaswitch.cli.presets import presets
+from megaswitch.cli.simulate import simulate
 from megaswitch.cli.tokenizer import tokenizer
 from megaswitch.cli.train import train
 from megaswitch.log import UserError, is_rank_zero
@@ -30,7 +31,7 @@ def cli() -> None:
 
 for command in (presets, tokenizer, preprocess, data, train, evaluate, generate):
     cli.add_command(command)
-for command in (inspect_command, doctor, completion):
+for command in (simulate, inspect_command, doctor, completion):
     cli.add_command(command)
 
 

@@ -20,11 +20,6 @@ def kernels_of(x: Tensor) -> str:
     return _REHEARSED.get() or x.device.type
 
 
-def is_rehearsal() -> bool:
-    """Whether tensors have no memory."""
-    return _REHEARSED.get() is not None
-
-
 @contextmanager
 def rehearse(kind: str) -> Iterator[None]:
     """Inside, choose as for a device of this type."""

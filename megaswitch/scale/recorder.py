@@ -34,6 +34,7 @@ class Allocation:
     kind: str
     born: int
     died: int | None = None
+    is_lent: bool = False  # by `layers.gradient_memory`, which keeps it for the next gradient
 
 
 class Memory:
@@ -44,6 +45,7 @@ class Memory:
         self.kind = "buffers"  # of what is born next
         self._all: list[Allocation] = []
         self._of: dict[int, tuple[weakref.ref[Any], Allocation]] = {}
+        self._idle: list[Allocation] = []  # blocks that wait for a gradient of their size
 
     @contextmanager
     def of_kind(self, kind: str) -> Iterator[None]:
@@ -68,6 +70,18 @@ class Memory:
             reference, allocation = self._of[storage._cdata]
             self._die(allocation)
             self._of[storage._cdata] = reference, self._born(storage.nbytes())
+
+    def lend(self, like: Tensor) -> Tensor:
+        """What `GradientMemory.empty_like` does to memory."""
+        size = like.numel() * like.element_size()
+        fitting = [block for block in self._idle if block.size == size][:1]
+        for block in fitting or self._idle:
+            self._die(block)
+        self._idle = [block for block in self._idle if block.died is None]
+        lent = torch.empty_like(like)
+        self.see(lent)
+        self._of[lent.untyped_storage()._cdata][1].is_lent = True
+        return lent
 
     def mark(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Say what these tensors are, from their birth on."""
@@ -101,6 +115,9 @@ class Memory:
     def _forget(self, key: int) -> None:
         _, allocation = self._of.pop(key)
         self._die(allocation)
+        if allocation.is_lent:
+            with self.of_kind("gradients"):
+                self._idle.append(self._born(allocation.size))
 
     def _die(self, allocation: Allocation) -> None:
         self._now += 1

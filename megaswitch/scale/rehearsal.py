@@ -23,6 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megaswitch.config import RunConfig
 from megaswitch.data.span_corruption import Seq2SeqBatch, span_shape
+from megaswitch.layers.gradient_memory import GradientMemory
 from megaswitch.layers.kernels import rehearse
 from megaswitch.layers.noise import Noise
 from megaswitch.log import UserError
@@ -31,6 +32,7 @@ from megaswitch.model.router import expert_capacity
 from megaswitch.model.switch_transformer import Inputs, rows_per_group
 from megaswitch.optim.build import build_optimizer, clip_gradients
 from megaswitch.parallel.mesh import Mesh
+from megaswitch.parallel.pipeline import Pipeline
 from megaswitch.parallel.weights import Weight
 from megaswitch.scale.recorder import Collective, Recorder
 from megaswitch.train.objectives import BatchSize, MicroBatch
@@ -38,7 +40,7 @@ from megaswitch.train.parts import Parts, build_parts
 from megaswitch.train.runner import Runner, nothing
 
 # The first of several axes that have the same ranks names them all.
-_AXES = ("tp", "ep", "pp", "edp", "shard", "replica", "dense_shard", "dp", "world")
+_AXES = ("tp", "ep", "pp", "edp", "dp", "shard", "replica", "dense_shard", "world")
 _CPU = torch.device("cpu")
 
 
@@ -104,19 +106,38 @@ def rehearse_rank(config: RunConfig, world: int, rank: int, kind: str) -> RankSt
     Raises:
         UserError: this process is one of several ranks itself, or the rehearsal cannot show this.
     """
-    if dist.is_initialized():
-        raise UserError("a rehearsal needs a process that is no rank itself; start it alone")
     if kind == "cuda" and config.train.precision != "bf16" and config.model.moe.num_experts:
         raise UserError(
             f"train.precision={config.train.precision!r} cannot be rehearsed for a GPU, as torch "
             "knows the shapes of grouped products in bf16 alone; use train.precision='bf16', or "
             "rehearse for a CPU"
         )
+    with _absent_peers(world, rank), rehearse(kind):
+        return _Rehearsal(config, Mesh.over_ranks(_CPU, config.parallel)).run()
+
+
+def schedule_orders(config: RunConfig, world: int) -> dict[int, list[Any]]:
+    """torch's actions of a step, by pipeline rank."""
+    with _absent_peers(world, 0):
+        mesh = Mesh.over_ranks(_CPU, config.parallel)
+        axis, number = mesh.axis("pp"), mesh.axis("pp").size * config.parallel.stages_per_rank
+        own: dict[int, nn.Module] = {s: nn.Identity() for s in range(0, number, axis.size)}
+        pipeline = Pipeline(own, number, axis, _CPU, config.parallel.schedule, (), {})
+        share = mesh.dp.size * config.train.micro_batch_size
+        orders: dict[int, list[Any]] = pipeline.schedule(
+            config.train.batch_size // share
+        ).pipeline_order
+        return orders
+
+
+@contextmanager
+def _absent_peers(world: int, rank: int) -> Iterator[None]:
+    """A group of ranks of which none is there."""
+    if dist.is_initialized():
+        raise UserError("a rehearsal needs a process that is no rank itself; start it alone")
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     try:
-        mesh = Mesh.over_ranks(_CPU, config.parallel)
-        with rehearse(kind):
-            return _Rehearsal(config, mesh).run()
+        yield
     finally:
         dist.destroy_process_group()
 
@@ -125,8 +146,7 @@ class _Rehearsal:
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
         self.lengths = row_lengths(config)
-        groups = ((name, mesh.axis(name).group) for name in reversed(_AXES))
-        self.recorder = Recorder({g.group_name: name for name, g in groups if g is not None})
+        self.recorder = Recorder(_axis_names(mesh))
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.memory = self.recorder.memory
         self.tokens = 0  # of the Switch layer that runs
@@ -210,6 +230,7 @@ class _Rehearsal:
         with (
             mock.patch.object(FakeTensor, "tolist", self._tolist()),
             mock.patch.object(FakeTensor, "item", lambda _: 1.0, create=True),
+            mock.patch.object(GradientMemory, "empty_like", lambda _, like: self.memory.lend(like)),
         ):
             yield
 
@@ -240,6 +261,17 @@ class _Rehearsal:
         size = self.tokens // rows * group
         slots = expert_capacity(size, moe.num_experts, moe.train_capacity_factor, moe.min_capacity)
         return slots * (rows // group)
+
+
+def _axis_names(mesh: Mesh) -> dict[str, str]:
+    """The axis that each group of ranks is."""
+    names: dict[tuple[int, ...], str] = {}
+    result = {}
+    for axis in map(mesh.axis, _AXES):
+        if axis.group is not None:
+            ranks = tuple(dist.get_process_group_ranks(axis.group))
+            result[axis.group.group_name] = names.setdefault(ranks, axis.name)
+    return result
 
 
 def _even(total: int, parts: int) -> list[int]:
