@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.command(cls=OverridesCommand, context_settings=FREE_FORM)
 @click.option("--world", type=click.IntRange(1), required=True, help="Ranks of the run.")
 @click.option("--rank", "ranks", type=click.IntRange(0), multiple=True,
-              help="A rank to rehearse, several times for several. Default: one of each kind.")  # fmt: skip
+              help="A rank to rehearse, or several. Default: one of each kind.")  # fmt: skip
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True,
               help="Whose kernels are rehearsed. None is needed.")  # fmt: skip
 @click.option("--routing", default="uniform", show_default=True, metavar="MODEL",

@@ -1,4 +1,4 @@
-"""What a rehearsed step does: every tensor's life, every collective, every floating-point operation.
+"""What a rehearsed step does: every tensor's life, every collective, every FLOP.
 
 Tensors have shapes but no memory (torch's fake tensors), so that a rank of thousands fits a laptop.
 Memory is counted by storages, as an allocator would see them: born with the first tensor on one,
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -161,6 +162,7 @@ class Recorder(TorchDispatchMode):
         self.memory = Memory()
         self.collectives: Counter[Collective] = Counter()
         self.flops = 0
+        self._paused = False
 
     def __enter__(self) -> Recorder:
         resize = torch.UntypedStorage.resize_
@@ -170,14 +172,29 @@ class Recorder(TorchDispatchMode):
             self.memory.resized(storage)
             return result
 
-        self._patch = mock.patch.object(torch.UntypedStorage, "resize_", resize_)
-        self._patch.start()
+        propagate = ShardingPropagator._propagate_tensor_meta_non_cached
+
+        def propagate_(propagator: ShardingPropagator, *args: Any) -> Any:
+            self._paused = True  # DTensor tries shapes on global tensors that are nowhere
+            try:
+                return propagate(propagator, *args)
+            finally:
+                self._paused = False
+
+        name = "_propagate_tensor_meta_non_cached"
+        self._patches = [
+            mock.patch.object(torch.UntypedStorage, "resize_", resize_),
+            mock.patch.object(ShardingPropagator, name, propagate_),
+        ]
+        for patch in self._patches:
+            patch.start()
         super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        self._patch.stop()
+        for patch in self._patches:
+            patch.stop()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -186,6 +203,8 @@ class Recorder(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it comes again, with local tensors
         result = func(*args, **(kwargs or {}))
+        if self._paused:
+            return result
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.memory.see(leaf)
