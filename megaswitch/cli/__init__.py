@@ -15,6 +15,7 @@ from megaswitch.cli.doctor import doctor
 from megaswitch.cli.evaluate import evaluate
 from megaswitch.cli.generate import generate
 from megaswitch.cli.inspect import inspect_command
+from megaswitch.cli.plan import plan
 from megaswitch.cli.preprocess import preprocess
 from megaswitch.cli.presets import presets
 from megaswitch.cli.simulate import simulate
@@ -31,7 +32,7 @@ def cli() -> None:
 
 for command in (presets, tokenizer, preprocess, data, train, evaluate, generate):
     cli.add_command(command)
-for command in (simulate, inspect_command, doctor, completion):
+for command in (plan, simulate, inspect_command, doctor, completion):
     cli.add_command(command)
 
 

@@ -53,7 +53,8 @@ class Profile:
     Attributes:
         blocks: of each kind of block.
         ends: embedding, head, loss.
-        work: bytes that the backward pass takes beyond what was kept, at most.
+        work: bytes that the backward pass takes beyond what was kept, at most, but for those of the
+            largest weight's gradient.
     """
 
     blocks: dict[Kind, Cost]
@@ -71,6 +72,9 @@ def smallest_micro_batch(config: RunConfig, lengths: tuple[int, int], tp: int) -
     return unit
 
 
+_ROWS = 8  # at least, so that what does not grow with them hardly counts
+
+
 def profile(config: RunConfig, lengths: tuple[int, int], tp: int, exchanges: bool) -> Profile:
     """Rehearse a model of one block of each kind.
 
@@ -84,7 +88,8 @@ def profile(config: RunConfig, lengths: tuple[int, int], tp: int, exchanges: boo
     steps = model.moe.encoder_sparse_step, model.moe.decoder_sparse_step
     depths = [max(1, step) if model.moe.num_experts else 1 for step in steps]
     ep = model.moe.num_experts if exchanges else 1
-    rows = smallest_micro_batch(config, lengths, tp)
+    unit = smallest_micro_batch(config, lengths, tp)
+    rows = -(-_ROWS // unit) * unit
     small = replace(
         config,
         model=replace(model, num_encoder_layers=depths[0], num_decoder_layers=depths[1]),
@@ -96,9 +101,7 @@ def profile(config: RunConfig, lengths: tuple[int, int], tp: int, exchanges: boo
             activation_checkpointing=False,
             rampup_batch_size=None,
         ),
-        parallel=ParallelConfig(
-            tp=tp, ep=ep, sequence_parallel=config.parallel.sequence_parallel
-        ),
+        parallel=ParallelConfig(tp=tp, ep=ep, sequence_parallel=config.parallel.sequence_parallel),
     )
     with absent_peers(tp * ep, 0), rehearse("cuda"):
         rehearsal = Rehearsal(small, Mesh.over_ranks(torch.device("cpu"), small.parallel))
@@ -143,11 +146,13 @@ def _measure(rehearsal: Rehearsal, parts: Parts, micro: MicroBatch, rows: int) -
             total.flops - sum(c.flops for c in spent),
             _minus(total.traffic, spent),
         )  # fmt: skip
+    # A gradient in bf16 and once more in fp32, until it is added to the sum.
     largest = 6 * max(w.local.numel() for w in parts.weights.values())
+    scores = 8 * rows * rehearsal.lengths[1] * model.config.vocab_size / model.tp.size
     return Profile(
         {kind: _by_row(cost, rows) for kind, cost in seen.items()},
         _by_row(ends, rows),
-        max(0.0, work - largest) / rows,
+        (work if work > 1.05 * largest else scores) / rows,
     )
 
 

@@ -70,7 +70,8 @@ class Memory:
         if storage._cdata in self._of:
             reference, allocation = self._of[storage._cdata]
             self._die(allocation)
-            self._of[storage._cdata] = reference, self._born(storage.nbytes())
+            with self.of_kind("buffers"):
+                self._of[storage._cdata] = reference, self._born(storage.nbytes())
 
     def lend(self, like: Tensor) -> Tensor:
         """What `GradientMemory.empty_like` does to memory."""
