@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -88,7 +88,7 @@ def _write(found: Plan, folder: Path) -> None:
     (folder / "run.sbatch").write_text(job, encoding="utf-8")
 
 
-def _print(table: dict) -> None:  # type: ignore[type-arg]
+def _print(table: dict[str, Any]) -> None:
     from rich.table import Table
 
     for title, part, unit, scale in (

@@ -15,6 +15,8 @@ from megaswitch.scale.hardware import Hardware
 from megaswitch.scale.profile import Cost, Profile, Traffic
 
 _BUCKET = 32 << 20  # as in `parallel.gradients`, two of which are under way
+# Gradients of a block's activations that are there at once, as a share of what it kept.
+_BACKWARD = 0.75
 _SPARE = 0.06  # of a GPU's memory: what the allocator cannot use, CUDA's context, NCCL
 
 
@@ -199,7 +201,8 @@ class _Layout:
         kept, block = self._kept(own, profile, sliced)
         # The first stages wait longest for the gradients of what they computed.
         waiting = min(self.micro, self._waiting(rank)) if self.pp > 1 else 1
-        work = max(6.0 * largest, profile.work * self.rows, block)
+        ends = profile.work * self.rows if any(s.last for s in own) else 0.0
+        work = max(6.0 * largest, ends, block)
         buffers = gathered + self._pipeline_buffers(rank)
         if zero == "none" and self.dp > 1:
             sums = 4.0 * sum(sliced.values())
@@ -227,7 +230,7 @@ class _Layout:
         """What torch keeps to receive each micro-batch of a step."""
         if self.pp == 1:
             return 0.0
-        tokens = self.rows * sum(self.lengths)
+        tokens: float = self.rows * sum(self.lengths)
         if self.config.parallel.sequence_parallel:
             tokens /= self.tp
         carry = 4.0 * tokens * self.config.model.d_model * self.micro
@@ -237,7 +240,7 @@ class _Layout:
     def _kept(
         self, own: list[Stage], profile: Profile, sliced: Mapping[str, float]
     ) -> tuple[float, float]:
-        """Bytes that a micro-batch leaves for its backward pass; of a block computed again."""
+        """Bytes that a micro-batch leaves for its backward pass; what a block's takes."""
         casts = self.bf16 and self.config.parallel.zero == "none"
         kinds = [self._kind(b) for s in own for b in s.blocks]
         each = [profile.blocks[kind].kept * self.rows for kind in kinds]
@@ -251,12 +254,13 @@ class _Layout:
             ends += 2.0 * next((sliced[n] for n in names_of_head if n in sliced), 0.0)
         whole = [a + b for a, b in zip(each, matrices.values(), strict=True)]
         if not self.config.train.activation_checkpointing:
-            return sum(whole) + ends, 0.0
+            # Where the head is, its work is the most, and done before any block's.
+            return sum(whole) + ends, 0.0 if own[-1].last else _BACKWARD * max(each)
         width = 4.0 * self.rows * self.config.model.d_model
         if self.config.parallel.sequence_parallel:
             width /= self.tp
         inputs = [width * self.lengths[kind[0] == "decoder"] for kind in kinds]
-        return sum(inputs) + ends, 1.3 * max(whole)
+        return sum(inputs) + ends, max(whole) + _BACKWARD / 2 * max(each)
 
     def seconds(self, profile: Profile) -> Seconds:
         """Of a step."""
@@ -300,9 +304,8 @@ class _Layout:
         if stage.last:
             costs.append(profile.ends)
         compute = sum(self._compute(c) for c in costs)
-        return compute, *(
-            sum(self._travel(c.traffic, axis) for c in costs) for axis in ("tp", "ep")
-        )
+        tp, ep = (sum(self._travel(c.traffic, axis) for c in costs) for axis in ("tp", "ep"))
+        return compute, tp, ep
 
     def _compute(self, cost: Cost) -> float:
         """Matrix products, and what is kept written once and read once."""

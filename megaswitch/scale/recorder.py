@@ -149,7 +149,7 @@ class Recorder(TorchDispatchMode):
     """Sees every operation inside. Enter it within `FakeTensorMode`.
 
     Args:
-        axis_of: the name of the axis that a group of ranks is, by the group's name.
+        axes: names of the axes, by the ranks of each.
 
     Attributes:
         memory: of all tensors.
@@ -157,9 +157,10 @@ class Recorder(TorchDispatchMode):
         flops: of matrix products and attention.
     """
 
-    def __init__(self, axis_of: Mapping[str, str]) -> None:
+    def __init__(self, axes: Mapping[tuple[int, ...], str]) -> None:
         super().__init__()
-        self.axis_of = axis_of
+        self._axes = axes
+        self._axis_of: dict[str, str] = {}  # by the name of a group; several may be of one axis
         self.memory = Memory()
         self.collectives: Counter[Collective] = Counter()
         self.flops = 0
@@ -183,7 +184,7 @@ class Recorder(TorchDispatchMode):
                 self._paused = False
 
         name = "_propagate_tensor_meta_non_cached"
-        self._patches = [
+        self._patches: list[Any] = [
             mock.patch.object(torch.UntypedStorage, "resize_", resize_),
             mock.patch.object(ShardingPropagator, name, propagate_),
         ]
@@ -224,10 +225,16 @@ class Recorder(TorchDispatchMode):
         group = next(
             dist.ProcessGroup.unbox(a)
             for a in args
-            if isinstance(a, torch.ScriptObject) and "ProcessGroup" in a._type().name()
+            if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type())
         )
         size = sizes[1] if operation == "all_to_all" else max(sizes)
-        self.collectives[Collective(operation, self.axis_of[group.group_name], size)] += 1
+        self.collectives[Collective(operation, self._axis(group), size)] += 1
+
+    def _axis(self, group: dist.ProcessGroup) -> str:
+        name = group.group_name
+        if name not in self._axis_of:
+            self._axis_of[name] = self._axes[tuple(dist.get_process_group_ranks(group))]
+        return self._axis_of[name]
 
 
 def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:

@@ -24,7 +24,7 @@ from megaswitch.data.span_corruption import Seq2SeqBatch, span_shape
 from megaswitch.layers.gradient_memory import GradientMemory
 from megaswitch.layers.kernels import rehearse
 from megaswitch.layers.noise import Noise
-from megaswitch.log import UserError
+from megaswitch.log import ConfigError, UserError
 from megaswitch.model.moe import SwitchFFN
 from megaswitch.model.router import expert_capacity
 from megaswitch.model.switch_transformer import Inputs, rows_per_group
@@ -32,6 +32,7 @@ from megaswitch.optim.build import build_optimizer
 from megaswitch.parallel.mesh import Mesh
 from megaswitch.parallel.pipeline import Pipeline
 from megaswitch.parallel.weights import Weight
+from megaswitch.rules_parallel import check_sequence_parallel
 from megaswitch.scale.recorder import Collective, Recorder
 from megaswitch.scale.steps import PipelineSteps, PlainSteps
 from megaswitch.train.objectives import MicroBatch
@@ -52,6 +53,7 @@ class RankStep:
         pipeline_rank: its place in the pipeline.
         blocks: names of the layers that it has, such as "encoder.3".
         parameters: numbers that it holds.
+        parameters_here: numbers of its blocks that no rank before it in a group of copies holds.
         parameters_counted: numbers of the global weights that its pipeline rank is first to hold.
         memory: bytes by kind when most were in use.
         resident: bytes between two steps.
@@ -64,6 +66,7 @@ class RankStep:
     pipeline_rank: int
     blocks: tuple[str, ...]
     parameters: int
+    parameters_here: int
     parameters_counted: int
     memory: dict[str, int]
     resident: int
@@ -103,8 +106,11 @@ def rehearse_rank(config: RunConfig, world: int, rank: int, kind: str) -> RankSt
         kind: whose kernels: "cpu" or "cuda".
 
     Raises:
+        ConfigError: the decoder's rows do not suit the layout.
         UserError: this process is one of several ranks itself, or the rehearsal cannot show this.
     """
+    if problems := list(check_sequence_parallel(config, "decoder", row_lengths(config)[1])):
+        raise ConfigError(problems)
     if kind == "cuda" and config.train.precision != "bf16" and config.model.moe.num_experts:
         raise UserError(
             f"train.precision={config.train.precision!r} cannot be rehearsed for a GPU, as torch "
@@ -169,6 +175,7 @@ class Rehearsal:
             tuple(b.site for m in parts.models.values() for s in (m.encoder, m.decoder)
                   for b in s.blocks),
             sum(w.local.numel() for w in weights),
+            sum(w.local.numel() for w in weights if w.block.counts),
             sum(_global_numel(w) for w in weights if w.block.counts),
             self.memory.at_peak(),
             resident,
@@ -221,9 +228,8 @@ class Rehearsal:
                 decoder_segments=segments[1],
             )
             shapes = batch.encoder_tokens.shape, batch.decoder_tokens.shape
-            inputs = Inputs(
-                *shapes, *(masks if packed else (None, None)), Noise(0, 0, samples), *segments
-            )
+            known = masks if packed else (None, None)
+            inputs = Inputs(*shapes, known[0], known[1], Noise(0, 0, samples), *segments)
         return MicroBatch(batch, inputs)
 
     @contextmanager
@@ -265,15 +271,13 @@ class Rehearsal:
         return slots * (rows // group)
 
 
-def _axis_names(mesh: Mesh) -> dict[str, str]:
-    """The axis that each group of ranks is."""
+def _axis_names(mesh: Mesh) -> dict[tuple[int, ...], str]:
+    """The axis that ranks along it are."""
     names: dict[tuple[int, ...], str] = {}
-    result = {}
     for axis in map(mesh.axis, _AXES):
         if axis.group is not None:
-            ranks = tuple(dist.get_process_group_ranks(axis.group))
-            result[axis.group.group_name] = names.setdefault(ranks, axis.name)
-    return result
+            names.setdefault(tuple(dist.get_process_group_ranks(axis.group)), axis.name)
+    return names
 
 
 def _even(total: int, parts: int) -> list[int]:

@@ -46,11 +46,13 @@ def shares(model: str, experts: int) -> NDArray[np.float64]:
     Raises:
         UserError: `model` is none of these.
     """
+    weights: NDArray[np.float64]
     if model == "uniform":
         weights = np.ones(experts)
     elif model.startswith("zipf:"):
         try:
-            weights = np.arange(1, experts + 1) ** -float(model.removeprefix("zipf:"))
+            exponent = float(model.removeprefix("zipf:"))
+            weights = np.power(np.arange(1.0, experts + 1), -exponent)
         except ValueError:
             raise UserError(f"routing {model!r} has no exponent; write e.g. zipf:0.5") from None
     else:

@@ -142,7 +142,7 @@ class PipelineSteps(PlainSteps):
         self._kept: dict[tuple[int, int], tuple[Any, list[Tensor]]] = {}
         self._waiting: dict[tuple[int, int], Any] = {}
         seen: Counter[Any] = Counter()
-        self._last = Counter(), 0
+        self._last: Counts = Counter(), 0
         for action in orders[pipeline.axis.rank]:
             kind = action.computation_type.name
             # torch's lists for one stage number their forward passes from 1 on the last rank.

@@ -30,7 +30,12 @@ SENT: dict[str, Case] = {
 }
 
 
-@pytest.mark.parametrize("name", SENT)
+def tiers(cases: dict[str, Case], short: set[str]) -> list[Any]:
+    """Names of cases, those that are not `short` for the long tier."""
+    return [name if name in short else pytest.param(name, marks=pytest.mark.long) for name in cases]
+
+
+@pytest.mark.parametrize("name", tiers(SENT, {"ep and tp, sequence", "pp"}))
 def test_bytes_of_each_collective_are_those_of_a_real_run(world: World, name: str):
     chosen = SENT[name]
     run = plan_config(chosen)
@@ -102,7 +107,7 @@ def measure_peak(run: RunConfig) -> int:
     return peak
 
 
-@pytest.mark.parametrize("name", HELD)
+@pytest.mark.parametrize("name", tiers(HELD, {"zero, optimizer"}))
 def test_peak_memory_is_that_of_a_real_run(world: World, name: str):
     chosen = HELD[name]
     run = sized(chosen)
