@@ -153,6 +153,10 @@ void MappedFile::expect_random_access(bool random) const {
   ::madvise(const_cast<unsigned char*>(data_), size_, random ? MADV_RANDOM : MADV_SEQUENTIAL);
 }
 
+void MappedFile::release() const {
+  if (data_ != nullptr) ::madvise(const_cast<unsigned char*>(data_), size_, MADV_DONTNEED);
+}
+
 IndexedTokens::IndexedTokens(const std::string& prefix, Access access)
     : prefix_(prefix), idx_(prefix + ".idx"), bin_(prefix + ".bin", access) {
   begin_visits();
@@ -160,6 +164,7 @@ IndexedTokens::IndexedTokens(const std::string& prefix, Access access)
   check_sequences();
   check_documents();
   check_not_cut();
+  idx_.release();
   // Samples are scattered: default read-ahead would fetch a hundred times what one needs.
   bin_.expect_random_access(true);
 }
@@ -390,6 +395,7 @@ std::pair<int64_t, int64_t> IndexedTokens::id_range(uint64_t budget) const {
     for (uint64_t i = 0; i < windows; ++i) scan(i * stride, count);
   }
   check_not_cut();
+  bin_.release();
   return range;
 }
 

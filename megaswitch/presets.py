@@ -73,6 +73,8 @@ PRESETS: dict[str, Table] = {
     "t5-v1_1-xl": _v1_1(2048, 5120, 32, 24),
     "t5-v1_1-xxl": _XXL,
     **{f"switch-base-{n}": _switch(_BASE, n) for n in (2, 4, 8, 16, 32, 64, 128, 256)},
+    # The paper's baseline, top-2 mixtures in the same places; Table 1 has factors 1.0 and 1.25 too.
+    "moe-base-128": _switch(_BASE, 128, router="top-2", train_capacity_factor=2.0),
     "switch-large-128": _switch(_LARGE, 128, group_size=4096),
     "switch-xxl-128": _switch(_XXL, 128, **_XXL_MOE),
     # 30 heads as released; the paper says 32.

@@ -5,7 +5,8 @@ change, and experts are one stack [E, …] with us and apart with HF.
 
 Whatever decides a forward pass in evaluation is carried over exactly or refused. What acts in
 training alone is carried where HF has a field for it; `init_scale`, `expert_dropout`,
-`aux_loss_reduction` and `aux_loss_padding` have none and come back as our defaults.
+`exploration` but for jitter, `aux_loss_reduction` and `aux_loss_padding` have none and come back as
+our defaults.
 """
 
 from __future__ import annotations
@@ -289,8 +290,8 @@ def _moe_from_hf(given: Mapping[str, Any]) -> MoEConfig:
         )
     if (dtype := given.get("router_dtype", "float32")) != "float32":
         raise UserError(
-            f"router_dtype={dtype!r} cannot be expressed: our router always computes in float32; "
-            "set router_dtype='float32' to accept that"
+            f"router_dtype={dtype!r} cannot be expressed: our router then rounds in other places; "
+            "set router_dtype='float32' to accept a router that computes in float32"
         )
     fields = {ours: given.get(theirs, default) for ours, (theirs, default) in _MOE.items()}
     return MoEConfig(
@@ -356,6 +357,8 @@ def _moe_to_hf(config: ModelConfig) -> dict[str, Any]:
             "number of slots per row; set it to 'dropless', or to 'hf' and choose hf_capacity"
         )
     result = {theirs: getattr(moe, ours) for ours, (theirs, _) in _MOE.items()}
+    if moe.exploration != "jitter":
+        result["router_jitter_noise"] = 0.0
     if moe.capacity_mode == "dropless":
         result["expert_capacity"] = _UNLIMITED
     for stack in ("encoder", "decoder"):
@@ -378,6 +381,10 @@ def _refuse_inexpressible(config: ModelConfig) -> None:
     moe = config.moe
     if not moe.num_experts:
         return
+    hf = {"router": "switch", "attention": "none", "router_precision": "selective"}
+    for key, only in hf.items():
+        if (value := getattr(moe, key)) != only:
+            raise UserError(f"model.moe.{key}={value!r} is unknown to HF; it must be {only!r}")
     if config.activation != "relu":
         raise UserError(
             f"model.activation={config.activation!r} with model.moe.num_experts={moe.num_experts} "

@@ -41,6 +41,7 @@ from megaswitch.parallel.weights import Weight
 FORMAT = 1
 _PREFIX = "step_"
 _UNFINISHED = ".unfinished"
+BEST = "best"  # a link to the best checkpoint, beside it
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,10 @@ class CheckpointManager:
         state: TrainState,
         weights: Mapping[str, Weight],
         optimizer: torch.optim.Optimizer,
+        *,
+        best: bool = False,
     ) -> Path:
-        """Write a checkpoint of the state as it is now.
+        """Write a checkpoint of the state as it is now; `best` keeps it until a better one comes.
 
         It is on disk under its final name when this returns or, in the background, when `wait`
         does. A save that is still under way is waited for first.
@@ -122,9 +125,11 @@ class CheckpointManager:
         mine = self._share(model_chunks(weights) + optimizer_chunks(weights, optimizer))
         if self._thread:
             staged = self._staging.copy(mine)
-            self._under_way = self._thread.submit(self._complete, final, config, state, staged)
+            self._under_way = self._thread.submit(
+                self._complete, final, config, state, staged, best
+            )
         else:
-            self._complete(final, config, state, Staged(mine))
+            self._complete(final, config, state, Staged(mine), best)
         return final
 
     def wait(self) -> None:
@@ -167,7 +172,9 @@ class CheckpointManager:
             self._places = places
         return [chunk for chunk in chunks if chunk.name in self._mine]
 
-    def _complete(self, final: Path, config: RunConfig, state: TrainState, staged: Staged) -> None:
+    def _complete(
+        self, final: Path, config: RunConfig, state: TrainState, staged: Staged, best: bool
+    ) -> None:
         """Write a checkpoint, all ranks together."""
         aside = final.with_name(final.name + _UNFINISHED)
         with self._together(aside):
@@ -180,8 +187,12 @@ class CheckpointManager:
         with self._together(aside):
             self._finish(aside, final, config, state, sums)
         if self.mesh.rank == 0:
+            if best:
+                _point_to(final, self.folder / BEST)
+            kept = (self.folder / BEST).resolve()
             for old in checkpoints(self.folder)[: -self.keep]:
-                _discard(old)
+                if old.resolve() != kept:
+                    _discard(old)
 
     @contextmanager
     def _together(self, aside: Path) -> Iterator[None]:
@@ -258,6 +269,14 @@ def _discard(path: Path) -> None:
         shutil.rmtree(aside)
     except OSError as error:
         warn(f"old checkpoint {path} could not be removed: {error}")
+
+
+def _point_to(checkpoint: Path, link: Path) -> None:
+    """Make `link` lead to a checkpoint beside it; at no instant does it lead nowhere."""
+    aside = link.with_name(f"{link.name}.new")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(checkpoint.name)
+    aside.replace(link)
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -13,8 +13,10 @@ from megaswitch.cli.completion import completion
 from megaswitch.cli.data import data
 from megaswitch.cli.doctor import doctor
 from megaswitch.cli.evaluate import evaluate
+from megaswitch.cli.finetune import finetune
 from megaswitch.cli.generate import generate
 from megaswitch.cli.inspect import inspect_command
+from megaswitch.cli.merge import merge
 from megaswitch.cli.plan import plan
 from megaswitch.cli.preprocess import preprocess
 from megaswitch.cli.presets import presets
@@ -30,7 +32,7 @@ def cli() -> None:
     """Train Switch Transformers, from a laptop to trillion-parameter clusters."""
 
 
-for command in (presets, tokenizer, preprocess, data, train, evaluate, generate):
+for command in (presets, tokenizer, preprocess, data, train, finetune, merge, evaluate, generate):
     cli.add_command(command)
 for command in (plan, simulate, inspect_command, doctor, completion):
     cli.add_command(command)

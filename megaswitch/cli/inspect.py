@@ -11,18 +11,19 @@ import click
 from megaswitch.cli.common import PATH
 from megaswitch.log import UserError, is_rank_zero
 
-Kind = Literal["checkpoint", "run", "data", "tokenizer"]
+Kind = Literal["checkpoint", "run", "data", "pairs", "tokenizer"]
 
 _NAMES = {
     "checkpoint": "a checkpoint",
     "run": "a run folder",
     "data": "a token-file prefix",
+    "pairs": "a prefix of token files of pairs",
     "tokenizer": "a SentencePiece model",
 }
 _SERVES = {
-    "--verify": ("checkpoint", "run", "data"),
+    "--verify": ("checkpoint", "run", "data", "pairs"),
     "--stats": ("checkpoint",),
-    "--tokenizer": ("data",),
+    "--tokenizer": ("data", "pairs"),
     "--plot": ("run",),
 }
 _PICKLE = "not token files, as no .idx lies beside it; pickles are never opened here"
@@ -39,7 +40,7 @@ _OTHER = {
 @click.argument("path", type=PATH)
 @click.option("--verify", is_flag=True, help="Compare files with their SHA-256 sums.")
 @click.option("--stats", is_flag=True, help="Checkpoint: read all tensors; NaNs, dead experts.")
-@click.option("--tokenizer", type=PATH, help="Data: decode the first documents with this model.")
+@click.option("--tokenizer", type=PATH, help="Data: decode documents and samples with this model.")
 @click.option("--plot", type=PATH, help="Run: draw its curves to this picture, such as loss.png.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable report.")
 def inspect_command(
@@ -47,9 +48,10 @@ def inspect_command(
 ) -> None:
     """Say what a checkpoint, a run, token files or a tokenizer hold.
 
-    PATH is a checkpoint, a run folder, the prefix of token files (or its .bin or .idx), or a
-    SentencePiece model. Of a checkpoint only headers and small files are read, unless an option
-    asks for more; of token files the index, and tokens for some seconds.
+    PATH is a checkpoint, a run folder, the prefix of token files (or its .bin or .idx; of pairs
+    without _inputs and _targets), or a SentencePiece model. Of a checkpoint only headers and small
+    files are read, unless an option asks for more; of token files the index, and tokens for some
+    seconds.
 
     \b
     Examples:
@@ -86,6 +88,10 @@ def _read(
         from megaswitch.cli.inspect_data import data_report, print_data
 
         return data_report(path, tokenizer=tokenizer, check_sums=verify), print_data
+    if kind == "pairs":
+        from megaswitch.cli.inspect_data import pairs_report, print_pairs
+
+        return pairs_report(path, tokenizer=tokenizer, check_sums=verify), print_pairs
     from megaswitch.cli.inspect_tokenizer import print_tokenizer, tokenizer_report
 
     try:
@@ -127,6 +133,8 @@ def find_kind(path: Path) -> tuple[Path, Kind]:
             return prefix, "data"
     if any(path.with_name(path.name + suffix).exists() for suffix in (".bin", ".idx")):
         return path, "data"
+    if any(path.with_name(f"{path.name}_{side}.idx").exists() for side in ("inputs", "targets")):
+        return path, "pairs"
     if not path.exists():
         raise UserError(
             f"{path} does not exist, nor does {path}.idx; give a checkpoint, a run folder, the "

@@ -100,6 +100,11 @@ class Noise:
         return keys.bitwise_xor_((keys >> 31).bitwise_and_((1 << 33) - 1))
 
 
+def ahead(keys: Tensor, elements: Tensor) -> Tensor:
+    """Keys whose draws begin so many elements further on, both [N] int64."""
+    return keys + elements * _GOLDEN
+
+
 def draw(keys: Tensor, columns: range) -> Tensor:
     """Uniform draws in [0, 1), fp32: [N, len(columns)] for keys [N] int64."""
     elements = torch.arange(columns.start + 1, columns.stop + 1, device=keys.device)

@@ -5,29 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 
-from megaswitch.config import ModelConfig, RunConfig
-from megaswitch.model.count import count, meta_model
-from megaswitch.model.stages import Stage, balance, plan_stages
-from megaswitch.parallel.shard import ShardSpec, spec_of
+from megaswitch.config import RunConfig
+from megaswitch.model.stages import Stage, plan_stages
 from megaswitch.scale.hardware import Hardware
 from megaswitch.scale.profile import Cost, Profile, Traffic
+from megaswitch.scale.sizes import Sized, balanced, count_flops, of_stage
 
 _BUCKET = 32 << 20  # as in `parallel.gradients`, two of which are under way
 # Gradients of a block's activations that are there at once, as a share of what it kept.
 _BACKWARD = 0.75
 _SPARE = 0.06  # of a GPU's memory: what the allocator cannot use, CUDA's context, NCCL
-
-
-@dataclass(frozen=True)
-class Sized:
-    """A parameter, as far as memory goes; `block` is None for those of the ends."""
-
-    name: str
-    shape: tuple[int, ...]
-    spec: ShardSpec
-    block: int | None
 
 
 @dataclass(frozen=True)
@@ -77,45 +65,6 @@ class Estimate:
     mfu: float
 
 
-@cache
-def parameters(model: ModelConfig) -> tuple[Sized, ...]:
-    """Of the whole model."""
-    named = meta_model(model).named_parameters()
-    return tuple(Sized(n, tuple(p.shape), spec_of(p), _block(model, n)) for n, p in named)
-
-
-def _block(model: ModelConfig, name: str) -> int | None:
-    """The block, counted through encoder and decoder, that a parameter belongs to."""
-    stack, _, rest = name.partition(".")
-    if not rest.startswith("layers."):
-        return None
-    return int(rest.split(".")[1]) + (model.num_encoder_layers if stack == "decoder" else 0)
-
-
-@cache
-def of_stage(model: ModelConfig, stage: Stage) -> tuple[Sized, ...]:
-    """The parameters that `stages.keep_only` leaves to a stage."""
-    encoder = model.num_encoder_layers
-    runs = {
-        "encoder": range(encoder),
-        "decoder": range(encoder, encoder + model.num_decoder_layers),
-    }
-
-    def here(p: Sized) -> bool:
-        stack, _, rest = p.name.partition(".")
-        if p.block is not None:
-            return p.block in stage.blocks
-        if rest.startswith("relative_bias"):
-            return any(block in runs[stack] for block in stage.blocks)
-        if stack in runs:  # the final norm
-            return runs[stack][-1] in stage.blocks
-        if stack == "embedding":
-            return stage.first or (stage.last and model.tie_embeddings)
-        return stage.last
-
-    return tuple(p for p in parameters(model) if here(p))
-
-
 def estimate(
     config: RunConfig,
     world: int,
@@ -148,18 +97,6 @@ def estimate(
     )
 
 
-@cache
-def count_flops(model: ModelConfig, lengths: tuple[int, int]) -> int:
-    """Of a sequence's forward pass."""
-    sizes = count(model, encoder_length=lengths[0], decoder_length=lengths[1])
-    return sizes.forward_flops_per_sequence
-
-
-@cache
-def _balanced(model: ModelConfig, stages: int, lengths: tuple[int, int]) -> list[int]:
-    return balance(model, stages, *lengths)
-
-
 class _Layout:
     """A configuration on a machine, with the sizes that everything depends on."""
 
@@ -175,7 +112,7 @@ class _Layout:
         self.rows = config.train.micro_batch_size
         self.micro = config.train.batch_size // (self.dp * self.rows)
         number = self.pp * parallel.stages_per_rank
-        counts = parallel.layers_per_stage or _balanced(config.model, number, lengths)
+        counts = parallel.layers_per_stage or balanced(config.model, number, lengths)
         self.stages = plan_stages(counts if self.pp > 1 else [sum(counts)])
         self.bf16 = config.train.precision == "bf16"
         self.peak_flops = hardware.bf16_flops if self.bf16 else hardware.fp32_flops

@@ -15,8 +15,8 @@ from megaswitch.layers.linear import GroupedLinear, Linear
 from megaswitch.layers.parameter import Init, initialize
 from megaswitch.model.blocks import Block
 from megaswitch.model.count import meta_model
-from megaswitch.model.ffn import Experts
-from megaswitch.model.router import SwitchRouter
+from megaswitch.model.experts import ExpertStack
+from megaswitch.model.router import Router
 from megaswitch.model.stages import Stage, StageModule, balance, keep_only, plan_stages
 from megaswitch.model.switch_transformer import SwitchTransformer
 from megaswitch.parallel.distribute import shard_over_data, slice_parameters, weights_of
@@ -27,6 +27,7 @@ from megaswitch.parallel.shard import ShardSpec
 from megaswitch.parallel.tensor_parallel import TensorParallel
 from megaswitch.parallel.weights import Weight
 from megaswitch.train.objectives import PRECISIONS
+from megaswitch.train.trainable import freeze
 
 
 @dataclass
@@ -106,6 +107,8 @@ def build_parts(
                     model = SwitchTransformer(config.model)
             else:
                 model = keep_only(meta_model(config.model), stage)
+            if training:
+                freeze(model, config, stage if mesh.axis("pp").size > 1 else None)
             inits |= {n: p.init for n, p in model.named_parameters()}  # type: ignore[attr-defined]
             specs |= slice_parameters(model, mesh)
             _join(model, config, mesh)
@@ -189,11 +192,12 @@ def _shard(
     blocks = [*model.encoder.blocks, *model.decoder.blocks]
     for block in blocks:
         for module in block.modules():
-            if isinstance(module, SwitchRouter):  # computes in fp32, so it is gathered in fp32
+            if isinstance(module, Router):  # computes in fp32, so it is gathered in fp32
                 shard_over_data(module, mesh, whole=kept, reshard=reshard)
-            elif isinstance(module, Experts) and copies:
+            elif isinstance(module, ExpertStack) and copies:
+                own = torch.float32 if config.model.moe.router_precision == "fp32" else precision
                 shard_over_data(
-                    module, mesh, expert=True, whole=kept, precision=precision, reshard=reshard
+                    module, mesh, expert=True, whole=kept, precision=own, reshard=reshard
                 )
         shard_over_data(block, mesh, whole=kept, precision=precision, reshard=reshard)
     # Embedding and head, in the precision of the residual stream; needed from first to last.

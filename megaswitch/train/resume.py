@@ -13,11 +13,13 @@ from megaswitch.parallel.mesh import Mesh
 # Keys that a run may change when it goes on; the rest of the configuration is its identity.
 _MAY_CHANGE = (
     *("model.preset", "data.train", "data.valid", "data.tokenizer", "checkpoint.", "parallel."),
-    *("data.mixture.weights", "data.mixture.exponent", "data.mixture.cap"),  # from there on
+    *("data.mixture.weights", "data.mixture.size"),  # from there on
+    *("data.mixture.exponent", "data.mixture.cap"),
     *("data.access", "data.loader_threads", "data.prefetch_batches"),
     *("train.steps", "train.run_dir", "train.device", "train.micro_batch_size"),
     *("train.activation_checkpointing", "train.log_interval"),
-    *("train.valid_interval", "train.valid_samples"),
+    *("train.valid_interval", "train.valid_samples", "train.valid_metrics"),
+    "data.tasks",  # what they make of the files is part of the data's fingerprint
 )
 
 

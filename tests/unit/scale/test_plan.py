@@ -10,11 +10,12 @@ from megaswitch.log import UserError
 from megaswitch.model.count import meta_model
 from megaswitch.model.stages import keep_only, plan_stages
 from megaswitch.rules import check
-from megaswitch.scale.estimate import estimate, of_stage
+from megaswitch.scale.estimate import estimate
 from megaswitch.scale.hardware import known, load_hardware
 from megaswitch.scale.plan import sbatch, search
 from megaswitch.scale.profile import profile
 from megaswitch.scale.rehearsal import rehearse_rank, row_lengths
+from megaswitch.scale.sizes import of_stage
 
 H100 = load_hardware("h100")
 BASE = '[model]\npreset = "switch-tiny"\n[train]\nprecision = "bf16"\nmicro_batch_size = 8\n'
