@@ -102,11 +102,7 @@ def build_parts(
     sharded: set[str] = set()
     for stage in stages:
         if stage.index % mesh.axis("pp").size == mesh.axis("pp").rank:
-            if mesh.group is None:
-                with torch.device(mesh.device):
-                    model = SwitchTransformer(config.model)
-            else:
-                model = keep_only(meta_model(config.model), stage)
+            model = _layers(config, mesh, stage)
             if training:
                 freeze(model, config, stage if mesh.axis("pp").size > 1 else None)
             inits |= {n: p.init for n, p in model.named_parameters()}  # type: ignore[attr-defined]
@@ -136,6 +132,14 @@ def build_parts(
         ties={name: ranks for name, ranks in holders.items() if name in weights},
     )
     return Parts(stages, models, modules, later, weights, inits, sums)
+
+
+def _layers(config: RunConfig, mesh: Mesh, stage: Stage) -> SwitchTransformer:
+    """Those of a stage, without memory; of a process alone, all of them and with it."""
+    if mesh.group is not None:
+        return keep_only(meta_model(config.model), stage)
+    with torch.device(mesh.device):
+        return SwitchTransformer(config.model)
 
 
 def _stages(config: RunConfig, mesh: Mesh, lengths: tuple[int, int]) -> list[Stage]:
