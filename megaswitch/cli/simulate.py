@@ -23,7 +23,7 @@ if TYPE_CHECKING:
               help="Whose kernels are rehearsed. None is needed.")  # fmt: skip
 @click.option("--routing", default="uniform", show_default=True, metavar="MODEL",
               help="uniform, zipf:EXPONENT, or a JSON list of tokens by expert.")  # fmt: skip
-@click.option("--trace", type=PATH, help="Draw the pipeline: .png, or .json for Perfetto.")
+@click.option("--plot", type=PATH, help="Draw the pipeline: .png, or .json for Perfetto.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable, every collective.")
 @click.argument("config", type=PATH)
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED, shell_complete=complete_override)
@@ -32,7 +32,7 @@ def simulate(
     ranks: tuple[int, ...],
     device: str,
     routing: str,
-    trace: Path | None,
+    plot: Path | None,
     as_json: bool,
     config: Path,
     overrides: tuple[str, ...],
@@ -54,15 +54,15 @@ def simulate(
     resolved = load_config(config, overrides, world_size=world)
     if wrong := [rank for rank in ranks if rank >= world]:
         raise UserError(f"--rank {wrong[0]} must be less than --world {world}")
-    if trace and resolved.parallel.pp == 1:
-        raise UserError("--trace draws a pipeline, and parallel.pp=1 makes none; leave it out")
+    if plot and resolved.parallel.pp == 1:
+        raise UserError("--plot draws a pipeline, and parallel.pp=1 makes none; leave it out")
     from megaswitch.scale.simulate import as_table
     from megaswitch.scale.simulate import simulate as run
     from megaswitch.scale.timeline import write_trace
 
     simulation = run(resolved, world, ranks or None, device, routing)
-    if trace:
-        write_trace(simulation.spans, trace)
+    if plot:
+        write_trace(simulation.spans, plot)
     if as_json:
         echo(json.dumps(as_table(simulation), indent=2))
     else:

@@ -111,7 +111,7 @@ def write_trace(spans: Sequence[Span], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError(
-            f"--trace {path} needs matplotlib ({error}); install it with pip install "
+            f"--plot {path} needs matplotlib ({error}); install it with pip install "
             "'megaswitch[plot]', or write a .json for chrome://tracing"
         ) from error
     ranks = len({span.rank for span in spans})
