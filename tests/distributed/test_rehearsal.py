@@ -56,8 +56,8 @@ HELD: dict[str, Case] = {
     "zero, full": case("edp2", zero="full", activation_checkpointing=True),
     "ep": case("ep2", zero="none", activation="gated-gelu"),
     "tp": case("tp2", sequence_parallel=True),
-    # ep with tp is not here: a real run held 2 to 9 % more, most likely copies of gloo's threads, as
-    # it varies from run to run.
+    # ep with tp is not here: real runs held 2 to 9 % more, which varies from run to run, so most
+    # likely copies that gloo's threads make.
     "pp": case("pp2", schedule="1f1b", micro_batches=2),
     "pp and ep": case("pp2·ep2", schedule="1f1b", zero="none", micro_batches=2),
 }
