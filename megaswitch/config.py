@@ -21,10 +21,11 @@ from pydantic import TypeAdapter, ValidationError
 from megaswitch.log import ConfigError, UserError
 from megaswitch.presets import PRESETS
 from megaswitch.rules import check
-from megaswitch.rules_parallel import REFUSED
+from megaswitch.rules_parallel import REFUSED, check_parallel
 from megaswitch.schema import (
     CheckpointConfig,
     DataConfig,
+    DistillConfig,
     LoRAConfig,
     ModelConfig,
     MoEConfig,
@@ -37,6 +38,7 @@ from megaswitch.schema import (
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "DistillConfig",
     "LoRAConfig",
     "MoEConfig",
     "ModelConfig",
@@ -50,6 +52,7 @@ __all__ = [
     "known_keys",
     "load_config",
     "model_config",
+    "relaid",
     "to_toml",
 ]
 
@@ -110,6 +113,38 @@ def from_toml(text: str) -> RunConfig:
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def relaid(config: RunConfig, overrides: Sequence[str], ranks: int | None) -> tuple[RunConfig, int]:
+    """The configuration of the same run in another layout.
+
+    Args:
+        config: of the run; of its own layout nothing is kept.
+        overrides: of keys of `parallel`, and train.micro_batch_size.
+        ranks: None: as many as pp × ep × tp.
+
+    Returns:
+        the configuration, and the number of ranks.
+
+    Raises:
+        ConfigError: naming every problem found.
+    """
+    table = tomllib.loads(to_toml(config))
+    table.pop("parallel", None)
+    problems = [
+        f"{text.partition('=')[0]} is no key of a layout; only --parallel.KEY and "
+        "--train.micro_batch_size may change, the rest is the checkpoint's"
+        for text in overrides
+        if not text.startswith(("--parallel.", "--train.micro_batch_size="))
+    ]
+    problems += [problem for text in overrides if (problem := _override(table, text))]
+    config, more = _parse(table)
+    parallel = config.parallel
+    ranks = ranks or parallel.pp * parallel.ep * parallel.tp
+    problems = problems or more or [*_inactive(config, table), *check_parallel(config, ranks)]
+    if problems:
+        raise ConfigError(problems)
+    return config, ranks
 
 
 def to_toml(config: RunConfig) -> str:

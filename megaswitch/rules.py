@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from megaswitch.rules_distill import check_distill
 from megaswitch.rules_moe import check_moe
 from megaswitch.rules_parallel import check_parallel, data_parallel_ranks
 
@@ -17,18 +18,20 @@ if TYPE_CHECKING:
 def check(config: RunConfig, world_size: int = 1) -> list[str]:
     """Problems between keys, each with value, rule and remedy. Needs no process group."""
     return [
-        *_check_model(config.model),
+        *check_model(config.model),
         *check_moe(config),
         *check_parallel(config, world_size),
         *_check_batch(config, world_size),
-        *_check_groups(config),
+        *check_groups(config),
         *_check_data(config.data),
         *_check_tuning(config),
         *_check_rest(config),
+        *check_distill(config),
     ]
 
 
-def _check_model(model: ModelConfig) -> Iterator[str]:
+def check_model(model: ModelConfig) -> Iterator[str]:
+    """Problems of a model by itself."""
     if model.relative_buckets % 4:
         yield (
             f"model.relative_buckets={model.relative_buckets} must be a multiple of 4 "
@@ -72,7 +75,8 @@ def _check_batch(config: RunConfig, world_size: int) -> Iterator[str]:
         yield from _check_rampup(train, share)
 
 
-def _check_groups(config: RunConfig) -> Iterator[str]:
+def check_groups(config: RunConfig) -> Iterator[str]:
+    """Problems of routing groups: whole rows make a group, whole groups a micro-batch."""
     train, moe = config.train, config.model.moe
     if not moe.num_experts or moe.capacity_mode == "hf":
         return

@@ -1,7 +1,7 @@
 """Every configuration key, as frozen dataclasses with their types, bounds and defaults.
 
-Those of `data` are in `schema_data.py`, those of `model.moe` in `schema_moe.py`; `schema_keys.py`
-says how keys are declared.
+Those of `data`, `distill` and `model.moe` are in files of their own, such as `schema_data.py`;
+`schema_keys.py` says how keys are declared.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megaswitch.schema_data import DataConfig
+from megaswitch.schema_distill import DistillConfig
 from megaswitch.schema_keys import STRICT, all_of, only_if
 from megaswitch.schema_moe import MoEConfig
 
@@ -325,3 +326,4 @@ class RunConfig:
     train: TrainConfig = Field(default_factory=TrainConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    distill: DistillConfig = Field(default_factory=DistillConfig)

@@ -1,7 +1,7 @@
 """SentencePiece tokenizers with T5's conventions: pad 0, EOS 1, unknown 2, sentinels on top.
 
-The model file holds the text's pieces only; `<extra_id_0>` is the highest id of the vocabulary,
-`<extra_id_1>` the one below, and so on. Official T5 and mT5 models therefore work as they are.
+`<extra_id_0>` is the highest id of the vocabulary, `<extra_id_1>` the one below, and so on. A model
+file holds the text's pieces only, as T5's does, or ends with the sentinels, as mT5's.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MAX_SENTENCE_CHARACTERS = 1_000
 _TRAINING_SENTENCES = 10_000_000  # drawn from larger corpora; T5 used as many
 _TRAINING_SEED = 1
 _CONTROL_AND_BYTES = 3 + 256  # ids that every tokenizer has: pad, EOS, unknown; a piece per byte
-_MAX_MODEL_BYTES = 1 << 28  # those of a million pieces have 25 MB
+MAX_MODEL_BYTES = 1 << 28  # those of a million pieces have 25 MB
 # SentencePiece's own limits; beyond them it speaks of lines of its source.
 _MIN_COVERAGE = 0.98
 _MAX_THREADS = 1024
@@ -175,7 +175,8 @@ class Tokenizer:
 
     Args:
         path: a SentencePiece model file.
-        num_extra_ids: sentinels to put on top of the model's own ids (T5: 100).
+        num_extra_ids: sentinels to put on top of the model's own ids (T5: 100); those that the
+            model ends with count instead.
 
     Raises:
         UserError: if the file is missing, no model, or does not follow T5's conventions.
@@ -185,7 +186,7 @@ class Tokenizer:
         self.path = Path(path)
         try:
             with self.path.open("rb") as file:
-                content = file.read(_MAX_MODEL_BYTES + 1)
+                content = file.read(MAX_MODEL_BYTES + 1)
         except OSError as error:
             raise UserError(
                 f"cannot read the tokenizer '{path}': {error.strerror}. Give the path of a "
@@ -193,7 +194,7 @@ class Tokenizer:
             ) from error
         self._model = sentencepiece.SentencePieceProcessor()
         try:
-            if len(content) > _MAX_MODEL_BYTES:
+            if len(content) > MAX_MODEL_BYTES:
                 raise RuntimeError("the file is too large")
             self._model.LoadFromSerializedProto(content)
         except (RuntimeError, UnicodeDecodeError) as error:  # its messages quote the damaged bytes
@@ -208,13 +209,24 @@ class Tokenizer:
                 "train`."
             )
         self.pad_id, self.eos_id, self.unk_id = ids
-        self.num_extra_ids = num_extra_ids
+        own = self._sentinels_in_file()
+        self._text_size = self._model.get_piece_size() - own
+        self.num_extra_ids = own or num_extra_ids
         self.sha256 = hashlib.sha256(content).hexdigest()
+
+    def _sentinels_in_file(self) -> int:
+        """How many of the model's last pieces are `<extra_id_n>`, with number 0 on top."""
+        size = self._model.get_piece_size()
+        for number in range(size):
+            piece = self._model.id_to_piece(size - 1 - number)
+            if piece.removeprefix("▁") != f"<extra_id_{number}>":
+                return number
+        return size
 
     @property
     def vocab_size(self) -> int:
         """Ids in all, sentinels included."""
-        return self._model.get_piece_size() + self.num_extra_ids
+        return self._text_size + self.num_extra_ids
 
     @property
     def info(self) -> TokenizerInfo:
@@ -255,7 +267,7 @@ class Tokenizer:
         """
         parts: list[str] = []
         run: list[int] = []
-        size = self._model.get_piece_size()
+        size = self._text_size
         for token in ids:
             if size <= token < self.vocab_size:
                 parts += [self._model.decode(run), f"<extra_id_{self.vocab_size - 1 - token}>"]

@@ -1,1 +1,1 @@
-"""Runs on paper and in rehearsal: what a rank of a huge world would hold, send and compute."""
+"""Many runs, and huge ones: studies, fits and comparisons; plans and rehearsals."""

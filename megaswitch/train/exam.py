@@ -11,9 +11,9 @@ from pathlib import Path
 from statistics import fmean
 
 from megaswitch.config import RunConfig
+from megaswitch.metrics_file import read_metrics
 from megaswitch.parallel.mesh import Mesh
 from megaswitch.train.answers import Answerer
-from megaswitch.train.metrics import read_metrics
 from megaswitch.train.objectives import PRECISIONS
 from megaswitch.train.parts import Parts
 from megaswitch.train.task_data import TaskSet, held_out, load_tokenizer

@@ -7,8 +7,10 @@ from pathlib import Path
 from megaswitch.checkpoint.manager import checkpoints
 from megaswitch.config import RunConfig
 from megaswitch.log import info
+from megaswitch.parallel.launcher import world_size
 from megaswitch.parallel.mesh import Mesh
 from megaswitch.parallel.watchdog import watch
+from megaswitch.train.distill import check_teacher
 from megaswitch.train.start import check_start
 from megaswitch.train.task_data import run_tasks
 from megaswitch.train.trainable import check_trainable
@@ -25,6 +27,7 @@ def launch(config: RunConfig) -> bool:
     run_tasks(config)
     if config.train.init_from and not checkpoints(Path(config.train.run_dir) / "checkpoints"):
         check_start(Path(config.train.init_from), config)
+    check_teacher(config, world_size())
     mesh = Mesh.start(config.train.device, config.parallel)
     with watch(mesh, config.parallel.timeout) as watchdog:
         complete = Trainer.build(config, mesh).fit(watchdog)

@@ -18,7 +18,7 @@ from megaswitch.config import ModelConfig
 from megaswitch.data.span_corruption import Seq2SeqBatch
 from megaswitch.files import lock, write_durably
 from megaswitch.layers.vocab import TokenLosses
-from megaswitch.log import warn
+from megaswitch.metrics_file import read_metrics
 from megaswitch.model.switch_transformer import Inputs, LayerRouting
 from megaswitch.parallel.mesh import Mesh
 
@@ -276,20 +276,3 @@ class MetricLog:
         aside = self.path.with_suffix(".unfinished")
         write_durably(aside, "".join(json.dumps(m) + "\n" for m in kept))
         os.replace(aside, self.path)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; those that a crash or a power cut spoilt are left out."""
-    if not path.is_file():
-        return []
-    metrics = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            if type(entry["step"]) is not int:
-                raise ValueError
-        except (ValueError, KeyError, TypeError, RecursionError):
-            warn(f"line {number} of {path} is damaged and was left out")
-        else:
-            metrics.append(entry)
-    return metrics

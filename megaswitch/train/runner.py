@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from megaswitch.parallel.pipeline import Pipeline, attach
 from megaswitch.parallel.tensor_parallel import TensorParallel
 from megaswitch.train.objectives import PRECISIONS, BatchSize, MicroBatch, forward, training_loss
 from megaswitch.train.parts import Parts
+
+if TYPE_CHECKING:
+    from megaswitch.train.distill import Distillation
 
 # Called with the output of each micro-batch (of some layers, in a pipeline) and its token sums.
 Record = Callable[[SwitchOutput, TokenLosses | None, MicroBatch], None]
@@ -46,6 +49,7 @@ class Runner:
         self.micro: Sequence[MicroBatch] = ()
         self.whole = BatchSize(1, 1)
         self.record: Record = nothing
+        self.distillation: Distillation | None = None  # while a teacher is heard
         self.attached = torch.zeros(())  # auxiliary losses of stages before the last
         self._pipeline: Pipeline | None = None
 
@@ -71,7 +75,7 @@ class Runner:
         overlap = self.config.parallel.overlap_gradients
         for number, one in enumerate(micro):
             output = forward(self.parts.models[0], one, self.precision)
-            loss, sums = training_loss(output, one.batch, whole, self.config, self.tp)
+            loss, sums = self._loss(output, one)
             assert loss is not None
             if overlap and number == len(micro) - 1:
                 self.parts.gradients.during_backward()
@@ -130,7 +134,7 @@ class Runner:
         if not torch.is_grad_enabled():
             self.record(output, None, micro)
             return x
-        loss, sums = training_loss(output, micro.batch, self.whole, self.config, self.tp)
+        loss, sums = self._loss(output, micro)
         self.record(output, sums, micro)
         if stage.last:
             assert loss is not None
@@ -143,6 +147,14 @@ class Runner:
             working = 1 if model.decoder.layers else 0
             outputs[working] = attach(outputs[working], loss)
         return tuple(outputs)
+
+    def _loss(
+        self, output: SwitchOutput, micro: MicroBatch
+    ) -> tuple[Tensor | None, TokenLosses | None]:
+        soft = None
+        if self.distillation and output.logits is not None:
+            soft = self.distillation.losses(output.logits, micro)
+        return training_loss(output, micro.batch, self.whole, self.config, self.tp, soft)
 
     def _run_layers(
         self,

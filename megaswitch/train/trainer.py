@@ -35,6 +35,7 @@ from megaswitch.parallel.watchdog import Watchdog
 from megaswitch.rules_parallel import check_sequence_parallel
 from megaswitch.train.corpora import batch_size, build_loader, build_validation, micro_batches
 from megaswitch.train.display import Display
+from megaswitch.train.distill import Distillation, copy_weights
 from megaswitch.train.exam import Exam
 from megaswitch.train.metrics import LossMeter, MetricLog, RouterMeter, SourceMeter, peak_flops
 from megaswitch.train.objectives import PRECISIONS, BatchSize, MicroBatch
@@ -63,6 +64,7 @@ class Trainer:
     log: MetricLog | None
     state: TrainState
     exam: Exam
+    distillation: Distillation | None = None
     failure: Exception | None = None  # of this rank alone; the next step tells the others
 
     @classmethod
@@ -88,10 +90,13 @@ class Trainer:
             background=config.checkpoint.background,
             timeout=config.parallel.timeout,
         )
-        state = _first_state(config, mesh, parts, optimizer, manager, loader)
+        distillation = Distillation.build(config, mesh, loader)
+        state = _first_state(config, mesh, parts, optimizer, manager, loader, distillation)
         with mesh.together():
             loader.go_on([Segment(start, tuple(q)) for start, *q in state.mixture], state.samples)
             state = replace(state, mixture=[[s.start, *s.quotas] for s in loader.segments])
+            if distillation and distillation.cache:
+                distillation.cache.check_samples(config, state.mixture)
             batches = loader.stream(
                 micro_batches(config, mesh, state.samples),
                 threads=config.data.loader_threads,
@@ -116,6 +121,7 @@ class Trainer:
             checkpoints=manager,
             log=log,
             state=state,
+            distillation=distillation,
             exam=exam,
         )
 
@@ -151,6 +157,8 @@ class Trainer:
                     elapsed = time.perf_counter() - clock
                     metrics = losses.summary(self.mesh) | router.summary(self.mesh)
                     metrics |= self.sources.summary(self.mesh)
+                    if self.distillation:
+                        metrics |= self.distillation.summary(self.mesh)
                     metrics |= {"learning_rate": rate, "grad_norm": norm}
                     metrics |= self._speed(self.state.samples - since.samples, elapsed, flops)
                     if self.log:
@@ -207,7 +215,14 @@ class Trainer:
                 if self.failure:
                     raise self.failure
         whole = BatchSize(rows=size, tokens=tokens)
-        micro = [MicroBatch.of(b, self.mesh.device, self._noise(b)) for b in batches]
+        heard = self.state.step >= self.config.distill.start_step
+        teacher = self.runner.distillation = self.distillation if heard else None
+        micro = [
+            MicroBatch.of(
+                b, self.mesh.device, self._noise(b), teacher.known(b) if teacher else None
+            )
+            for b in batches
+        ]
 
         def record(output: SwitchOutput, sums: TokenLosses | None, one: MicroBatch) -> None:
             losses.add(sums, output.aux_loss.detach(), one.rows)
@@ -310,20 +325,24 @@ def _first_state(
     optimizer: torch.optim.Optimizer,
     manager: CheckpointManager,
     loader: Samples,
+    distillation: Distillation | None,
 ) -> TrainState:
     """Fill weights and optimizer: from the run's newest checkpoint, from another run, or anew."""
     newest = next(reversed(checkpoints(manager.folder)), None)
+    teacher = distillation.fingerprint if distillation else ""
     with mesh.together():
         check_same_view(mesh, config, loader, newest)
         if newest:
-            check_resume(newest, config, loader)
+            check_resume(newest, config, loader, teacher)
     if newest:
         info(f"resuming from {newest}")
         return manager.restore(newest, parts.weights, optimizer)
     parts.initialize(config.train.seed)
     if config.train.init_from:
         take_weights(Path(config.train.init_from), config, parts, mesh)
-    return TrainState(step=0, samples=0, fingerprint=loader.fingerprint)
+    if distillation and config.distill.copy_weights:
+        copy_weights(config, mesh, parts.weights)
+    return TrainState(step=0, samples=0, fingerprint=loader.fingerprint, teacher=teacher)
 
 
 class _Interrupt:

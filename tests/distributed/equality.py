@@ -91,6 +91,7 @@ class Training:
     mesh: Mesh
     parts: Parts
     lengths: tuple[int, int] = (ENCODER, DECODER)
+    distillation: Any = None  # as of the runner
 
     @classmethod
     def start(
@@ -115,7 +116,8 @@ class Training:
         share = train.batch_size // dp.size
         starts = range(dp.rank * share, (dp.rank + 1) * share, train.micro_batch_size)
         batches = [batch(range(s, s + train.micro_batch_size), self.lengths) for s in starts]
-        return [MicroBatch.of(b, CPU, Noise(1, step, b.sample_index)) for b in batches]
+        known = self.distillation.known if self.distillation else lambda _: None
+        return [MicroBatch.of(b, CPU, Noise(1, step, b.sample_index), known(b)) for b in batches]
 
     def steps(self, number: int) -> Outcome:
         """Train, and tell."""
@@ -124,6 +126,7 @@ class Training:
         size = BatchSize(len(whole.encoder_tokens), int(whole.decoder_mask.sum()))
         optimizer = build_optimizer(self.parts.parameters(), self.config.optim)
         runner = Runner(self.config, self.mesh, self.parts)
+        runner.distillation = self.distillation
         auxiliary = torch.zeros((), dtype=torch.float64)
 
         def record(output: Any, sums: Any, micro: MicroBatch) -> None:

@@ -19,7 +19,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from megaswitch.checkpoint.huggingface import config_from_hf, config_to_hf, from_hf, to_hf
+from megaswitch.checkpoint.huggingface import from_hf, to_hf
+from megaswitch.checkpoint.huggingface_config import config_from_hf, config_to_hf
 from megaswitch.config import ModelConfig, MoEConfig, model_config
 from megaswitch.log import UserError
 from megaswitch.model.switch_transformer import SwitchTransformer
@@ -354,7 +355,8 @@ def test_sparse_layers_are_those_of_hf_or_refused(layers: int) -> None:
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("t5", {"model_type": "mt5"}, "model_type='mt5' cannot be converted; it must be"),
+        ("t5", {"model_type": "umt5"}, "model_type='umt5' cannot be converted: each of its layers"),
+        ("t5", {"model_type": "longt5"}, "model_type='longt5' cannot be converted; it must be"),
         ("t5", {"model_type": None}, "model_type=None"),
         ("t5", {"d_ff": None}, "lacks d_ff"),
         ("switch", {"num_experts": None, "num_decoder_layers": None},
