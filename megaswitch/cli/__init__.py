@@ -19,9 +19,11 @@ from megaswitch.cli.finetune import finetune
 from megaswitch.cli.generate import generate
 from megaswitch.cli.inspect import inspect_command
 from megaswitch.cli.merge import merge
+from megaswitch.cli.plan import plan
 from megaswitch.cli.preprocess import preprocess
 from megaswitch.cli.presets import presets
 from megaswitch.cli.reshard import reshard
+from megaswitch.cli.simulate import simulate
 from megaswitch.cli.study import study
 from megaswitch.cli.tokenizer import tokenizer
 from megaswitch.cli.train import train
@@ -36,7 +38,9 @@ def cli() -> None:
 
 for command in (presets, tokenizer, preprocess, data, train, finetune, distill, merge):
     cli.add_command(command)
-for command in (evaluate, generate, study, convert, reshard, inspect_command, doctor, completion):
+for command in (evaluate, generate, study, plan, simulate, convert, reshard):
+    cli.add_command(command)
+for command in (inspect_command, doctor, completion):
     cli.add_command(command)
 
 

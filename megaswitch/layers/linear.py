@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from megaswitch.layers.deferred import WeightGradients, deferred_linear
 from megaswitch.layers.gradient_memory import GradientMemory
+from megaswitch.layers.kernels import kernels_of
 from megaswitch.layers.parameter import Init, local, parameter
 from megaswitch.parallel.collectives import whole_to_terms
 from megaswitch.parallel.shard import spec_of
@@ -195,7 +196,7 @@ def grouped_linear(
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, weight = x.to(dtype), weight.to(dtype)
-    if kind == "cpu":
+    if kernels_of(x) == "cpu":
         return _SlicedLinear.apply(x, weight, ends, defer)
     if defer:
         return _DeferredGroupedLinear.apply(x, weight, ends, defer)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megaswitch.layers.kernels import kernels_of
 from megaswitch.layers.parameter import stable_hash
 from megaswitch.parallel.tensor_parallel import ALONE, TensorParallel
 
@@ -110,7 +111,7 @@ def draw(keys: Tensor, columns: range) -> Tensor:
     elements.mul_(_GOLDEN)
     draws = torch.empty(len(keys), len(columns), device=keys.device, dtype=torch.float32)
     # A GPU wants few big kernels, a CPU few bytes at a time.
-    block = _SCRATCH_BYTES // elements.itemsize if keys.device.type == "cpu" else draws.numel()
+    block = _SCRATCH_BYTES // elements.itemsize if kernels_of(keys) == "cpu" else draws.numel()
     block = max(1, block)
     for some, out in zip(elements.split(block), draws.split(block, 1), strict=True):
         rows = max(1, block // max(1, len(some)))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from megaswitch.layers.kernels import kernels_of
 from megaswitch.layers.norm import at_least_fp32
 from megaswitch.layers.parameter import Init, local, parameter
 from megaswitch.parallel.collectives import all_gather
@@ -213,5 +214,5 @@ def _over_vocabulary(
 
 def rows_in_cache(logits: Tensor) -> int:
     """How many rows to take at a time: on a CPU about a megabyte of fp32, elsewhere all."""
-    fit = (1 << 18) // logits.shape[1] if logits.device.type == "cpu" else len(logits)
+    fit = (1 << 18) // logits.shape[1] if kernels_of(logits) == "cpu" else len(logits)
     return max(1, fit)

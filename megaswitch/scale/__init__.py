@@ -1,1 +1,1 @@
-"""What many runs say together: studies, fits, comparisons."""
+"""Many runs, and huge ones: studies, fits and comparisons; plans and rehearsals."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -71,8 +71,17 @@ class Parts:
             model.train(mode)
 
 
+def _allocate(module: nn.Module, device: torch.device) -> None:
+    module.to_empty(device=device)
+
+
 def build_parts(
-    config: RunConfig, mesh: Mesh, *, lengths: tuple[int, int] = (512, 114), training: bool = True
+    config: RunConfig,
+    mesh: Mesh,
+    *,
+    lengths: tuple[int, int] = (512, 114),
+    training: bool = True,
+    allocate: Callable[[nn.Module, torch.device], object] = _allocate,
 ) -> Parts:
     """Build this rank's part, unfilled.
 
@@ -81,6 +90,7 @@ def build_parts(
         mesh: the ranks.
         lengths: of encoder and decoder rows, by which a pipeline is balanced.
         training: False for evaluation: nothing is sharded over data-parallel ranks.
+        allocate: gives parameters on the meta device their memory.
     """
     stages = _stages(config, mesh, lengths)
     specs: dict[str, ShardSpec] = {}
@@ -92,11 +102,7 @@ def build_parts(
     sharded: set[str] = set()
     for stage in stages:
         if stage.index % mesh.axis("pp").size == mesh.axis("pp").rank:
-            if mesh.group is None:
-                with torch.device(mesh.device):
-                    model = SwitchTransformer(config.model)
-            else:
-                model = keep_only(meta_model(config.model), stage)
+            model = _layers(config, mesh, stage)
             if training:
                 freeze(model, config, stage if mesh.axis("pp").size > 1 else None)
             inits |= {n: p.init for n, p in model.named_parameters()}  # type: ignore[attr-defined]
@@ -110,7 +116,7 @@ def build_parts(
             if zero:
                 sharded |= _shard(root, model, specs, config, mesh)
             if mesh.group is not None:
-                model.to_empty(device=mesh.device)
+                allocate(model, mesh.device)
             models[stage.index] = model
     named = _share_biases(models)
     holders = _holders(config, stages, mesh)
@@ -126,6 +132,14 @@ def build_parts(
         ties={name: ranks for name, ranks in holders.items() if name in weights},
     )
     return Parts(stages, models, modules, later, weights, inits, sums)
+
+
+def _layers(config: RunConfig, mesh: Mesh, stage: Stage) -> SwitchTransformer:
+    """Those of a stage, without memory; of a process alone, all of them and with it."""
+    if mesh.group is not None:
+        return keep_only(meta_model(config.model), stage)
+    with torch.device(mesh.device):
+        return SwitchTransformer(config.model)
 
 
 def _stages(config: RunConfig, mesh: Mesh, lengths: tuple[int, int]) -> list[Stage]:

@@ -48,7 +48,7 @@ class Runner:
         self.tp = TensorParallel(mesh.axis("tp"), config.parallel.sequence_parallel)
         self.micro: Sequence[MicroBatch] = ()
         self.whole = BatchSize(1, 1)
-        self.record: Record = _ignore
+        self.record: Record = nothing
         self.distillation: Distillation | None = None  # while a teacher is heard
         self.attached = torch.zeros(())  # auxiliary losses of stages before the last
         self._pipeline: Pipeline | None = None
@@ -70,7 +70,7 @@ class Runner:
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         if self.has_pipeline:
             self.attached = total
-            last = self._pipeline_for(micro[0]).train(len(micro))
+            last = self.pipeline_for(micro[0]).train(len(micro))
             return total if last is None else total + last
         overlap = self.config.parallel.overlap_gradients
         for number, one in enumerate(micro):
@@ -92,9 +92,9 @@ class Runner:
             output = forward(self.parts.models[0], micro, self.precision)
             record(output, None, micro)
             return
-        self._pipeline_for(micro).forward(0, self._carry(micro, parts=False))
+        self.pipeline_for(micro).forward(0, self._carry(micro, parts=False))
 
-    def _pipeline_for(self, micro: MicroBatch) -> Pipeline:
+    def pipeline_for(self, micro: MicroBatch) -> Pipeline:
         """The pipeline, made at its first use: its buffers have a micro-batch's shapes."""
         if self._pipeline is None:
             for module in self.parts.modules.values():
@@ -177,5 +177,5 @@ class Runner:
         return x, losses, logits
 
 
-def _ignore(output: SwitchOutput, sums: TokenLosses | None, micro: MicroBatch) -> None:
+def nothing(output: SwitchOutput, sums: TokenLosses | None, micro: MicroBatch) -> None:
     """Record nothing."""

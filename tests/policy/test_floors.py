@@ -28,7 +28,8 @@ FLOORS = [
     {"layers"},
     {"model", "data"},
     {"optim", "checkpoint"},
-    {"train", "scale"},
+    {"train"},
+    {"scale"},
     {"cli", "__init__"},
     {"__main__"},
 ]
