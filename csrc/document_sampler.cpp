@@ -195,17 +195,16 @@ DocumentSampler::DocumentSampler(std::shared_ptr<const Pieces> pieces,
 }
 
 uint64_t DocumentSampler::row(uint64_t sample_index) const {
-  const uint64_t number = shuffle_ ? sample_index / rows_->rows() : 0;
-  std::shared_ptr<const Epoch> epoch;
-  {
-    const std::lock_guard<std::mutex> lock(epoch_mutex_);
-    if (last_epoch_ == nullptr || last_epoch_->number != number) {
-      last_epoch_ = std::make_shared<const Epoch>(
-          Epoch{number, Permutation(rows_->rows(), seed_, number)});
-    }
-    epoch = last_epoch_;
-  }
-  return epoch->order(sample_index % rows_->rows());
+  Recent<Permutation>::Last last;
+  return row_of(sample_index, last);
+}
+
+uint64_t DocumentSampler::row_of(uint64_t sample_index, Recent<Permutation>::Last& last) const {
+  const uint64_t epoch = shuffle_ ? sample_index / rows_->rows() : 0;
+  const Permutation& order = last.get(epochs_, epoch, [this](uint64_t number) {
+    return Permutation(rows_->rows(), seed_, number);
+  });
+  return order(sample_index % rows_->rows());
 }
 
 void DocumentSampler::fill(const int64_t* sample_indices, uint64_t count,
@@ -213,6 +212,7 @@ void DocumentSampler::fill(const int64_t* sample_indices, uint64_t count,
   claim_bus_errors();
   PieceScratch scratch;
   std::vector<Piece> row;
+  Recent<Permutation>::Last last;
   const uint64_t encoder = shape_.room.encoder;
   const uint64_t decoder = shape_.room.decoder;
   for (uint64_t i = 0; i < count; ++i) {
@@ -223,15 +223,16 @@ void DocumentSampler::fill(const int64_t* sample_indices, uint64_t count,
       own.encoder_segments = out.encoder_segments + i * encoder;
       own.decoder_segments = out.decoder_segments + i * decoder;
     }
-    fill_row(static_cast<uint64_t>(sample_indices[i]), scratch, row, own);
+    const auto index = static_cast<uint64_t>(sample_indices[i]);
+    fill_row(index, row_of(index, last), scratch, row, own);
   }
   pieces_->check_not_cut();
   rows_->check_not_cut();
 }
 
-void DocumentSampler::fill_row(uint64_t sample_index, PieceScratch& scratch,
+void DocumentSampler::fill_row(uint64_t sample_index, uint64_t number, PieceScratch& scratch,
                                std::vector<Piece>& row, const BatchBuffers& out) const {
-  rows_->row(this->row(sample_index), row);
+  rows_->row(number, row);
   Random random(seed_, sample_index, Stream::kSpans);
   const Room size = shape_.room;
   Room at{0, 0};
@@ -270,9 +271,10 @@ void DocumentSampler::fill_row(uint64_t sample_index, PieceScratch& scratch,
 void DocumentSampler::prefetch(const int64_t* sample_indices, uint64_t count) const {
   claim_bus_errors();
   std::vector<Piece> row;
+  Recent<Permutation>::Last last;
   for (uint64_t i = 0; i < count; ++i) {
     if (sample_indices[i] < 0) throw std::invalid_argument("negative sample index");
-    rows_->row(this->row(static_cast<uint64_t>(sample_indices[i])), row);
+    rows_->row(row_of(static_cast<uint64_t>(sample_indices[i]), last), row);
     for (const Piece& piece : row) pieces_->prefetch(piece);
   }
 }

@@ -4,13 +4,13 @@
 
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "indexed.h"
 #include "packing.h"
 #include "permutation.h"
 #include "philox.h"
+#include "recent.h"
 #include "sampler.h"
 
 namespace megaswitch {
@@ -128,22 +128,17 @@ class DocumentSampler : public Sampler {
   void prefetch(const int64_t* sample_indices, uint64_t count) const override;
 
  private:
-  struct Epoch {
-    uint64_t number;
-    Permutation order;
-  };
-
-  void fill_row(uint64_t sample_index, PieceScratch& scratch, std::vector<Piece>& row,
-                const BatchBuffers& out) const;
+  uint64_t row_of(uint64_t sample_index, Recent<Permutation>::Last& last) const;
+  // Writes the sample whose row is `number`.
+  void fill_row(uint64_t sample_index, uint64_t number, PieceScratch& scratch,
+                std::vector<Piece>& row, const BatchBuffers& out) const;
 
   std::shared_ptr<const Pieces> pieces_;
   std::shared_ptr<const RowIndex> rows_;
   RowShape shape_;
   uint64_t seed_;
   bool shuffle_;
-  // The epoch asked for last, as small corpora keep a table; a cache only, results do not change.
-  mutable std::mutex epoch_mutex_;
-  mutable std::shared_ptr<const Epoch> last_epoch_;
+  mutable Recent<Permutation> epochs_;  // small corpora keep a table for each
 };
 
 }  // namespace megaswitch

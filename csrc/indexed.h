@@ -40,6 +40,8 @@ class MappedFile {
   void prefetch(uint64_t start, uint64_t bytes) const;
   // Switch the kernel's read-ahead of the whole file: scattered samples or one long scan.
   void expect_random_access(bool random) const;
+  // Count the pages read so far no longer as memory of this process; the kernel keeps them cached.
+  void release() const;
   // Throws DataError if the file is now shorter than it was when it was mapped. Called *after*
   // reading: behind a cut, the rest of the last page reads as zeros, and only this tells.
   void check_not_cut() const;

@@ -3,7 +3,9 @@
 // can be produced anywhere in any order. `megaswitch/data/philox.py` is the readable twin.
 #pragma once
 
+#include <algorithm>
 #include <array>
+#include <cstddef>
 #include <cstdint>
 
 namespace megaswitch {
@@ -42,12 +44,8 @@ class Random {
                  static_cast<uint32_t>(stream), 0} {}
 
   uint32_t next() {
-    if (used_ == 4) {
-      block_ = philox4x32(counter_, key_);
-      ++counter_[3];
-      used_ = 0;
-    }
-    return block_[used_++];
+    if (used_ == ahead_.size()) refill();
+    return ahead_[used_++];
   }
 
   uint64_t next64() {
@@ -66,10 +64,20 @@ class Random {
   }
 
  private:
+  // Four blocks, which a processor computes side by side in little more than the time of one.
+  void refill() {
+    for (std::size_t at = 0; at < ahead_.size(); at += 4) {
+      const PhiloxBlock block = philox4x32(counter_, key_);
+      ++counter_[3];
+      std::copy(block.begin(), block.end(), &ahead_[at]);
+    }
+    used_ = 0;
+  }
+
   PhiloxKey key_;
   PhiloxBlock counter_;
-  PhiloxBlock block_{};
-  unsigned used_ = 4;
+  std::array<uint32_t, 16> ahead_;
+  std::size_t used_ = 16;  // of them
 };
 
 }  // namespace megaswitch

@@ -170,27 +170,29 @@ SpanSampler::SpanSampler(std::shared_ptr<const IndexedTokens> tokens, const Span
   }
 }
 
-std::shared_ptr<const SpanSampler::Epoch> SpanSampler::epoch(uint64_t number) const {
-  return epochs_.get(number, [this](uint64_t wanted) {
-    Random random(seed_, wanted, Stream::kEpochOffset);
-    return Epoch{random.below(offset_choices_), Permutation(samples_per_epoch_, seed_, wanted)};
-  });
+uint64_t SpanSampler::sample_start(uint64_t sample_index) const {
+  Recent<Epoch>::Last last;
+  return start_of(sample_index, last);
 }
 
-uint64_t SpanSampler::sample_start(uint64_t sample_index) const {
+uint64_t SpanSampler::start_of(uint64_t sample_index, Recent<Epoch>::Last& last) const {
   const uint64_t position = sample_index % samples_per_epoch_;
   if (!shuffle_) return position * layout_.raw_length;
-  const auto now = epoch(sample_index / samples_per_epoch_);
-  return now->offset + now->order(position) * layout_.raw_length;
+  const Epoch& now = last.get(epochs_, sample_index / samples_per_epoch_, [this](uint64_t number) {
+    Random random(seed_, number, Stream::kEpochOffset);
+    return Epoch{random.below(offset_choices_), Permutation(samples_per_epoch_, seed_, number)};
+  });
+  return now.offset + now.order(position) * layout_.raw_length;
 }
 
 void SpanSampler::fill(const int64_t* sample_indices, uint64_t count,
                        const BatchBuffers& out) const {
   tokens_->begin_visits();
   thread_local SpanScratch scratch;  // a mixture asks for one row at a time
+  Recent<Epoch>::Last last;
   for (uint64_t row = 0; row < count; ++row) {
     if (sample_indices[row] < 0) throw std::invalid_argument("negative sample index");
-    const uint64_t start = sample_start(static_cast<uint64_t>(sample_indices[row]));
+    const uint64_t start = start_of(static_cast<uint64_t>(sample_indices[row]), last);
     tokens_->visit(start, layout_.raw_length, [&](const auto* raw) {
       const uint64_t bad = find_bad_id(raw, layout_.raw_length, vocab_size_);
       if (bad < layout_.raw_length) {
@@ -209,10 +211,11 @@ void SpanSampler::fill(const int64_t* sample_indices, uint64_t count,
 }
 
 void SpanSampler::prefetch(const int64_t* sample_indices, uint64_t count) const {
+  Recent<Epoch>::Last last;
   for (uint64_t row = 0; row < count; ++row) {
     if (sample_indices[row] < 0) throw std::invalid_argument("negative sample index");
-    tokens_->prefetch(sample_start(static_cast<uint64_t>(sample_indices[row])),
-                      layout_.raw_length);
+    const uint64_t start = start_of(static_cast<uint64_t>(sample_indices[row]), last);
+    tokens_->prefetch(start, layout_.raw_length);
   }
 }
 

@@ -93,7 +93,7 @@ class SpanSampler : public Sampler {
     Permutation order;
   };
 
-  std::shared_ptr<const Epoch> epoch(uint64_t number) const;
+  uint64_t start_of(uint64_t sample_index, Recent<Epoch>::Last& last) const;
 
   std::shared_ptr<const IndexedTokens> tokens_;
   SpanLayout layout_;

@@ -11,7 +11,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from megaswitch.rules_parallel import REFUSED, check_parallel
 from megaswitch.schema import (
     CheckpointConfig,
     DataConfig,
+    DistillConfig,
+    LoRAConfig,
     ModelConfig,
     MoEConfig,
     OptimConfig,
@@ -36,6 +38,8 @@ from megaswitch.schema import (
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "DistillConfig",
+    "LoRAConfig",
     "MoEConfig",
     "ModelConfig",
     "OptimConfig",
@@ -54,7 +58,11 @@ __all__ = [
 
 
 def load_config(
-    path: Path | None, overrides: Sequence[str] = (), *, world_size: int = 1
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    world_size: int = 1,
+    base: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
 ) -> RunConfig:
     """The configuration of `path` (TOML) changed by `--section.key=value` overrides.
 
@@ -62,6 +70,7 @@ def load_config(
         path: a TOML file, or None for the defaults.
         overrides: later ones win; values are TOML, or else plain strings.
         world_size: ranks that will share the batch.
+        base: from what the user wrote to what it is laid over, instead of the plain defaults.
 
     Raises:
         ConfigError: naming every problem found, each with value, rule and remedy.
@@ -69,7 +78,7 @@ def load_config(
     """
     table = _read_toml(path) if path else {}
     problems = [problem for text in overrides if (problem := _override(table, text))]
-    config, more = _parse(table)
+    config, more = _parse(_merge(_merge({}, base(table)), table) if base else table)
     problems += more
     bad_keys = {problem.split("=")[0].split(" ")[0] for problem in problems}
     problems += [p for p in _inactive(config, table) if not _speaks_of(p, bad_keys)]

@@ -34,15 +34,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def lock(folder: Path, doing: str = "training", key: str = "train.run_dir") -> IO[str]:
+def lock(folder: Path, *, doing: str = "training", other: str = "train.run_dir") -> IO[str]:
     """Claim `folder` for this process until the returned file is closed or the process ends.
 
     Some cluster file systems have no locks; there it only warns.
 
     Args:
-        folder: to be claimed; made if need be.
-        doing: what for.
-        key: by which the user named it.
+        folder: made if it is not there.
+        doing: what the holder does there, for the error.
+        other: what names another folder, for the error.
 
     Raises:
         UserError: another process holds it.
@@ -62,7 +62,7 @@ def lock(folder: Path, doing: str = "training", key: str = "train.run_dir") -> I
         file.close()
         raise UserError(
             f"another process ({holder}) is {doing} in {folder}; wait for it, stop it, or choose "
-            f"another {key}"
+            f"another {other}"
         ) from None
     file.truncate(0)
     file.write(f"pid {os.getpid()}")

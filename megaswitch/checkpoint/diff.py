@@ -9,12 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megaswitch.checkpoint.chunks import DTYPES
+from megaswitch.checkpoint.safetensors_file import DTYPES, ITEM_BYTES
 from megaswitch.checkpoint.stream import Buffer, Reader, window_region
-from megaswitch.checkpoint.tensor_files import ITEM_BYTES, StoredTensor, windows
+from megaswitch.checkpoint.tensor_files import StoredTensor, windows
 from megaswitch.log import UserError
 
-_TYPES = {word: dtype for dtype, word in DTYPES.items()}
 _WINDOW_BYTES = 4 << 20
 
 Kind = Literal["equal", "values", "dtype", "shape", "missing", "extra"]
@@ -97,7 +96,7 @@ def _compare(
     if here.shape != there.shape:
         return TensorDiff(name, "shape", shapes, dtypes)
     for dtype in (here.dtype, there.dtype):
-        if dtype not in _TYPES:
+        if dtype not in DTYPES:
             raise UserError(
                 f"{name} is of type {dtype}, which cannot be compared; leave --diff out"
             )
@@ -109,7 +108,7 @@ def _compare(
         for tensor, buffer in zip((here, there), buffers, strict=True):
             bits = buffer.array(sizes, ITEM_BYTES[tensor.dtype])
             reader.fill(bits, tensor, offsets)
-            pieces.append(torch.from_numpy(bits).view(_TYPES[tensor.dtype]))
+            pieces.append(torch.from_numpy(bits).view(DTYPES[tensor.dtype]))
         diff.add(*pieces)
     if diff.kind == "equal" and diff.equal < diff.count:
         diff.kind = "values"

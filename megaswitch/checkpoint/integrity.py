@@ -47,3 +47,13 @@ def damaged_checkpoint(path: Path, what: Iterable[str]) -> UserError:
         f"checkpoint {path} is damaged: {'; '.join(what)}. Use another one, such as the one before "
         "(remove this one to resume from that), or copy it again"
     )
+
+
+def check_sizes(path: Path, files: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose files are not those that it lists, as far as a look can tell.
+
+    Raises:
+        UserError: naming the files that differ.
+    """
+    if damaged := misfits(path, files):
+        raise damaged_checkpoint(path, damaged)

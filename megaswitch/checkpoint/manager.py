@@ -7,9 +7,8 @@ write into a folder of another name, which rank 0 renames once every file is on 
 no half checkpoint.
 
 In the background, a save costs training one copy of what the rank writes. A thread does the rest:
-it writes and sums outside the interpreter's lock, so that it takes a part of one core and the disk
-from training, and talks to other ranks through a gloo group of its own, so that its messages never
-mix with those of training.
+it writes and sums outside the interpreter's lock, taking part of one core and the disk from
+training, and talks to other ranks through a gloo group of its own, apart from training's.
 """
 
 from __future__ import annotations
@@ -42,6 +41,7 @@ from megaswitch.parallel.weights import Weight
 FORMAT = 1
 _PREFIX = "step_"
 _UNFINISHED = ".unfinished"
+BEST = "best"  # a link to the best checkpoint, beside it
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,15 @@ class TrainState:
         step: optimizer steps done.
         samples: training sequences consumed; the position in the data.
         fingerprint: of the training data and its order; a resume on other data is refused.
-        mixture: of several sources, since when each proportion holds: [first sample, quota of each
-            source in a block, ...].
+        mixture: of sources, since when each holds: [first sample, quota of each in a block, ...].
+        teacher: of a distilled run: fingerprint of what it learns from.
     """
 
     step: int
     samples: int
     fingerprint: str
     mixture: list[list[int]] = field(default_factory=list)
+    teacher: str = ""
 
 
 class CheckpointManager:
@@ -108,8 +109,10 @@ class CheckpointManager:
         state: TrainState,
         weights: Mapping[str, Weight],
         optimizer: torch.optim.Optimizer,
+        *,
+        best: bool = False,
     ) -> Path:
-        """Write a checkpoint of the state as it is now.
+        """Write a checkpoint of the state as it is now; `best` keeps it until a better one comes.
 
         It is on disk under its final name when this returns or, in the background, when `wait`
         does. A save that is still under way is waited for first.
@@ -123,9 +126,11 @@ class CheckpointManager:
         mine = self._share(model_chunks(weights) + optimizer_chunks(weights, optimizer))
         if self._thread:
             staged = self._staging.copy(mine)
-            self._under_way = self._thread.submit(self._complete, final, config, state, staged)
+            self._under_way = self._thread.submit(
+                self._complete, final, config, state, staged, best
+            )
         else:
-            self._complete(final, config, state, Staged(mine))
+            self._complete(final, config, state, Staged(mine), best)
         return final
 
     def wait(self) -> None:
@@ -168,7 +173,9 @@ class CheckpointManager:
             self._places = places
         return [chunk for chunk in chunks if chunk.name in self._mine]
 
-    def _complete(self, final: Path, config: RunConfig, state: TrainState, staged: Staged) -> None:
+    def _complete(
+        self, final: Path, config: RunConfig, state: TrainState, staged: Staged, best: bool
+    ) -> None:
         """Write a checkpoint, all ranks together."""
         aside = final.with_name(final.name + _UNFINISHED)
         with self._together(aside):
@@ -181,8 +188,12 @@ class CheckpointManager:
         with self._together(aside):
             self._finish(aside, final, config, state, sums)
         if self.mesh.rank == 0:
+            if best:
+                _point_to(final, self.folder / BEST)
+            kept = (self.folder / BEST).resolve()
             for old in checkpoints(self.folder)[: -self.keep]:
-                _discard(old)
+                if old.resolve() != kept:
+                    _discard(old)
 
     @contextmanager
     def _together(self, aside: Path) -> Iterator[None]:
@@ -233,13 +244,22 @@ class CheckpointManager:
             sync(aside / "tokenizer.model")
         write_durably(aside / "config.toml", to_toml(config))
         files = sums | _sums(p for p in aside.iterdir() if p.name not in sums)
-        content = {"format": FORMAT, "state": asdict(state), "files": files}
-        write_durably(aside / "state.json", json.dumps(content, indent=1))
+        write_durably(aside / "state.json", state_json(state, files))
         sync(aside)
         if final.exists():  # the same step, saved before a resume from an older one
             _discard(final)
         aside.rename(final)
         sync(self.folder)
+
+
+def state_json(state: TrainState, files: dict[str, dict[str, Any]]) -> str:
+    """The content of `state.json`, which `read_state` reads.
+
+    Args:
+        state: of the run.
+        files: size and SHA-256 of every other file of the checkpoint, as `write_chunks` returns.
+    """
+    return json.dumps({"format": FORMAT, "state": asdict(state), "files": files}, indent=1)
 
 
 def _sums(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
@@ -259,6 +279,14 @@ def _discard(path: Path) -> None:
         shutil.rmtree(aside)
     except OSError as error:
         warn(f"old checkpoint {path} could not be removed: {error}")
+
+
+def _point_to(checkpoint: Path, link: Path) -> None:
+    """Make `link` lead to a checkpoint beside it; at no instant does it lead nowhere."""
+    aside = link.with_name(f"{link.name}.new")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(checkpoint.name)
+    aside.replace(link)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -298,7 +326,7 @@ def read_state(path: Path) -> dict[str, Any]:
             if any(Path(name).name != name for name in content["files"]):
                 raise ValueError("a file of it is said to lie elsewhere")
             state = TrainState(**content["state"])
-            values += [(state.step, state.fingerprint), (state.samples, state.fingerprint)]
+            values += [(state.step, state.fingerprint), (state.samples, state.teacher)]
             values += [(number, "") for segment in state.mixture for number in segment]
             if any((type(number), type(text)) != (int, str) for number, text in values):
                 raise ValueError("a number or a text is none")
@@ -339,16 +367,6 @@ def verify(path: Path, names: list[str] | None = None) -> None:
         if name not in told and sha256(path / name) != files[name]["sha256"]:
             damaged.append(f"{name} does not match its checksum")
     if damaged:
-        raise damaged_checkpoint(path, damaged)
-
-
-def check_sizes(path: Path, files: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose files are not those that it lists, as far as a look can tell.
-
-    Raises:
-        UserError: naming the files that differ.
-    """
-    if damaged := misfits(path, files):
         raise damaged_checkpoint(path, damaged)
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from megaswitch.checkpoint.chunks import DTYPES, Chunk, Place, file_head, share_out
+from megaswitch.checkpoint.chunks import Chunk, Place, file_head, share_out
 from megaswitch.checkpoint.contents import MODEL, STATE, state_dims
-from megaswitch.checkpoint.tensor_files import ITEM_BYTES
+from megaswitch.checkpoint.safetensors_file import DTYPES, ITEM_BYTES
 
 # Offsets and sizes of a part of a global tensor.
 Region = tuple[tuple[int, ...], tuple[int, ...]]
@@ -107,9 +107,8 @@ def place_pieces(
 
 def head_of(pieces: Sequence[Piece]) -> bytes:
     """What the file of these pieces begins with; their values follow in this order."""
-    types = {word: dtype for dtype, word in DTYPES.items()}
     chunks = []
     for piece in pieces:
-        shape_only = torch.empty(piece.sizes, dtype=types[piece.dtype], device="meta")
+        shape_only = torch.empty(piece.sizes, dtype=DTYPES[piece.dtype], device="meta")
         chunks.append(Chunk(piece.name, piece.shape, piece.offsets, shape_only))
     return file_head(chunks)

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megaswitch.checkpoint.placement import Piece
+from megaswitch.checkpoint.safetensors_file import ITEM_BYTES
 from megaswitch.checkpoint.stream import window_region
-from megaswitch.checkpoint.tensor_files import ITEM_BYTES, StoredTensor, windows
+from megaswitch.checkpoint.tensor_files import StoredTensor, windows
 
 # A piece, and the rank in whose file it lies.
 Placed = tuple[int, Piece]

@@ -29,20 +29,20 @@ from typing import Any
 
 import torch
 
-from megaswitch.checkpoint.chunks import DTYPES, shard_name
+from megaswitch.checkpoint.chunks import shard_name
 from megaswitch.checkpoint.fingerprint import fingerprint
 from megaswitch.checkpoint.integrity import damaged_checkpoint
 from megaswitch.checkpoint.journal import Journal, finished_files
 from megaswitch.checkpoint.manager import FORMAT, read_state
 from megaswitch.checkpoint.placement import Piece, head_of
 from megaswitch.checkpoint.regions import Region, regions
+from megaswitch.checkpoint.safetensors_file import DTYPES, ITEM_BYTES
 from megaswitch.checkpoint.stream import Bits, Buffer, Reader, Writer, read_sums
-from megaswitch.checkpoint.tensor_files import ITEM_BYTES, Part, StoredTensor, common
+from megaswitch.checkpoint.tensor_files import Part, StoredTensor, common
 from megaswitch.files import lock, sha256, sync, write_durably
 from megaswitch.log import UserError
 
 UNFINISHED = ".resharding"
-_TYPES = {word: dtype for dtype, word in DTYPES.items()}
 _LEAST = 4 << 20  # bytes of a buffer, below which reads get slow
 _MOST = 32 << 20  # beyond which they get no faster
 _SLACK = 64 << 20  # stacks of threads, the journal, what the allocator keeps
@@ -110,7 +110,7 @@ def reshard(
     groups = -(-len(work.files) // work.together)
     threads, size = share_memory(max_memory, min(2 * len(os.sched_getaffinity(0)), groups + 1))
     try:
-        with lock(aside, "resharding", "destination"):
+        with lock(aside, doing="resharding", other="destination"):
             job = _Job(work, aside, Journal(aside / "journal.jsonl", work.identity), progress)
             job.check_space()
             job.run([_Worker(size) for _ in range(threads)])
@@ -383,6 +383,6 @@ def _totals(entries: Iterable[Mapping[str, Any]]) -> dict[str, int]:
 def _cast(bits: Bits, before: str, after: str, buffer: Buffer) -> Bits:
     """The same numbers in another type."""
     out = buffer.array(bits.shape, ITEM_BYTES[after])
-    source = torch.from_numpy(bits).view(_TYPES[before])
-    torch.from_numpy(out).view(_TYPES[after]).copy_(source)
+    source = torch.from_numpy(bits).view(DTYPES[before])
+    torch.from_numpy(out).view(DTYPES[after]).copy_(source)
     return out

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaswitch.checkpoint.fingerprint import fingerprint
-from megaswitch.checkpoint.tensor_files import ITEM_BYTES, Part, StoredTensor, common, windows
+from megaswitch.checkpoint.safetensors_file import ITEM_BYTES
+from megaswitch.checkpoint.tensor_files import Part, StoredTensor, common, windows
 from megaswitch.log import UserError
 
 Bits = NDArray[Any]

@@ -11,25 +11,20 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise, starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megaswitch.checkpoint.chunks import DTYPES, Chunk
+from megaswitch.checkpoint.chunks import Chunk
+from megaswitch.checkpoint.safetensors_file import DTYPES, ITEM_BYTES, SafetensorsFile
 from megaswitch.log import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _PART_BYTES = 1 << 24  # read at a time
-ITEM_BYTES = {
-    **dict.fromkeys(("F64", "I64", "U64"), 8),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 1),
-}
 
 
 @dataclass(frozen=True)
@@ -94,7 +89,9 @@ class StoredTensor:
                     yield first + start, piece[index] if index else file.get_tensor(self.name)
 
 
-def windows(shape: Sequence[int], item_bytes: int, most: int) -> Iterator[tuple[slice, ...]]:
+def windows(
+    shape: Sequence[int], item_bytes: int, most: int = _PART_BYTES
+) -> Iterator[tuple[slice, ...]]:
     """Slices over the leading axes that cover `shape`, in order, in windows of at most `most`."""
     if not shape:
         yield ()
@@ -137,17 +134,12 @@ def read_headers(files: Sequence[Path]) -> dict[str, StoredTensor]:
     """
     tensors: dict[str, StoredTensor] = {}
     for path in files:
-        with opened(path) as file:
-            offsets, begins = _offsets(path, file.metadata()), _begins(path)
-            for name in file.keys():  # noqa: SIM118  (a file is no mapping)
-                entry = file.get_slice(name)
-                shape, dtype = tuple(entry.get_shape()), entry.get_dtype()
-                if dtype not in ITEM_BYTES:
-                    raise UserError(
-                        f"{path} has a tensor {name} of type {dtype}, which this version does not "
-                        "read; use the release that wrote it"
-                    )
-                part = Part(path, offsets.get(name, (0,) * len(shape)), shape, begins[name])
+        with closing(SafetensorsFile(path)) as file:
+            offsets = _offsets(path, file.metadata)
+            for name, entry in file.entries.items():
+                shape, dtype = entry.shape, entry.dtype
+                at = file.first_byte(name)
+                part = Part(path, offsets.get(name, (0,) * len(shape)), shape, at)
                 tensor = tensors.setdefault(name, StoredTensor(name, shape, dtype))
                 tensor.parts.append(part)
                 if len(part.offsets) != len(shape) or len(shape) != len(tensor.shape):
@@ -181,15 +173,6 @@ def _apart(parts: Sequence[Part], dim: int = 0) -> bool:
 
 def _overlap(one: Part, other: Part) -> bool:
     return common(one.offsets, one.shape, other.offsets, other.shape) is not None
-
-
-def _begins(path: Path) -> dict[str, int]:
-    """First byte of each tensor in a file whose header the safetensors library has accepted."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
 
 
 def _offsets(path: Path, metadata: dict[str, str] | None) -> dict[str, tuple[int, ...]]:
@@ -227,10 +210,10 @@ def read_chunks(path: Path, stored: Mapping[str, StoredTensor], chunks: Sequence
                 f"checkpoint {path} is of another model: {chunk.name} must have shape "
                 f"{list(chunk.shape)} and {has}; build the model from the checkpoint's config.toml"
             )
-        if tensor.dtype not in DTYPES.values():
+        if tensor.dtype not in DTYPES:
             raise UserError(
                 f"checkpoint {path} has {chunk.name} as {tensor.dtype}, and its tensors are "
-                f"one of {', '.join(DTYPES.values())}; it is damaged: use another one"
+                f"one of {', '.join(DTYPES)}; it is damaged: use another one"
             )
         for part in tensor.parts:
             if common(part.offsets, part.shape, chunk.offsets, chunk.tensor.shape) is not None:

@@ -11,19 +11,20 @@ import click
 from megaswitch.cli.common import PATH
 from megaswitch.log import UserError, is_rank_zero
 
-Kind = Literal["checkpoint", "run", "data", "tokenizer"]
+Kind = Literal["checkpoint", "run", "data", "pairs", "tokenizer"]
 
 _NAMES = {
     "checkpoint": "a checkpoint",
     "run": "a run folder",
     "data": "a token-file prefix",
+    "pairs": "a prefix of token files of pairs",
     "tokenizer": "a SentencePiece model",
 }
 _SERVES = {
-    "--verify": ("checkpoint", "run", "data"),
+    "--verify": ("checkpoint", "run", "data", "pairs"),
     "--stats": ("checkpoint",),
     "--diff": ("checkpoint",),
-    "--tokenizer": ("data",),
+    "--tokenizer": ("data", "pairs"),
     "--plot": ("run",),
 }
 _PICKLE = "not token files, as no .idx lies beside it; pickles are never opened here"
@@ -41,7 +42,7 @@ _OTHER = {
 @click.option("--verify", is_flag=True, help="Compare files with their SHA-256 sums.")
 @click.option("--stats", is_flag=True, help="Checkpoint: read all tensors; NaNs, dead experts.")
 @click.option("--diff", type=PATH, help="Checkpoint: compare it with this one, of any layout.")
-@click.option("--tokenizer", type=PATH, help="Data: decode the first documents with this model.")
+@click.option("--tokenizer", type=PATH, help="Data: decode documents and samples with this model.")
 @click.option("--plot", type=PATH, help="Run: draw its curves to this picture, such as loss.png.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable report.")
 def inspect_command(
@@ -55,9 +56,10 @@ def inspect_command(
 ) -> None:
     """Say what a checkpoint, a run, token files or a tokenizer hold.
 
-    PATH is a checkpoint, a run folder, the prefix of token files (or its .bin or .idx), or a
-    SentencePiece model. Of a checkpoint only headers and small files are read, unless an option
-    asks for more; of token files the index, and tokens for some seconds.
+    PATH is a checkpoint, a run folder, the prefix of token files (or its .bin or .idx; of pairs
+    without _inputs and _targets), or a SentencePiece model. Of a checkpoint only headers and small
+    files are read, unless an option asks for more; of token files the index, and tokens for some
+    seconds.
 
     \b
     Examples:
@@ -104,6 +106,10 @@ def _read(
         from megaswitch.cli.inspect_data import data_report, print_data
 
         return data_report(path, tokenizer=tokenizer, check_sums=verify), print_data
+    if kind == "pairs":
+        from megaswitch.cli.inspect_data import pairs_report, print_pairs
+
+        return pairs_report(path, tokenizer=tokenizer, check_sums=verify), print_pairs
     from megaswitch.cli.inspect_tokenizer import print_tokenizer, tokenizer_report
 
     try:
@@ -119,7 +125,7 @@ def _read_run(
 ) -> tuple[dict[str, Any], Callable[[dict[str, Any]], None]]:
     from megaswitch.cli.inspect_run import print_run, run_report
     from megaswitch.cli.plot_run import plot_run
-    from megaswitch.train.metrics import read_metrics
+    from megaswitch.metrics_file import read_metrics
     from megaswitch.train.plots import check_plot
 
     if plot and is_rank_zero():
@@ -145,6 +151,8 @@ def find_kind(path: Path) -> tuple[Path, Kind]:
             return prefix, "data"
     if any(path.with_name(path.name + suffix).exists() for suffix in (".bin", ".idx")):
         return path, "data"
+    if any(path.with_name(f"{path.name}_{side}.idx").exists() for side in ("inputs", "targets")):
+        return path, "pairs"
     if not path.exists():
         raise UserError(
             f"{path} does not exist, nor does {path}.idx; give a checkpoint, a run folder, the "

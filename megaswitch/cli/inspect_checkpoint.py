@@ -11,7 +11,8 @@ from typing import Any
 from rich.table import Table
 
 from megaswitch.checkpoint.contents import MODEL, STATE
-from megaswitch.checkpoint.manager import FORMAT, check_sizes, read_config, read_state, verify
+from megaswitch.checkpoint.integrity import check_sizes
+from megaswitch.checkpoint.manager import FORMAT, read_config, read_state, verify
 from megaswitch.checkpoint.tensor_files import StoredTensor, read_headers
 from megaswitch.cli.changes import changes
 from megaswitch.cli.parameter_tree import parameter_tree

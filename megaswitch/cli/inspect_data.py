@@ -1,9 +1,12 @@
-"""`megaswitch inspect` of a token-file prefix. The index is mapped and read in pieces."""
+"""`megaswitch inspect` of token files: a corpus, or both of a corpus of pairs.
+
+Indexes are mapped and read in pieces.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,14 +17,17 @@ from numpy.typing import NDArray
 from megaswitch.cli.show import histogram, print_fields, print_lines, size
 from megaswitch.data.indexed import TokenizerInfo, TokenStore, companion
 from megaswitch.data.loader import SpanCorruptionLoader
+from megaswitch.data.text_to_text import FIELDS
 from megaswitch.data.tokenizer import Tokenizer
 from megaswitch.files import sha256
 from megaswitch.log import UserError
 
 _DOCUMENTS = 1 << 20  # lengths in memory at a time
-_ID_BUDGET = 1 << 24  # tokens whose ids are looked at
+_ID_BUDGET, _WINDOW = 1 << 24, 1 << 16  # tokens whose ids are looked at, and how many at a time
 _SENTINELS = 100
 _ENCODER_LENGTH = 512  # T5's; its samples have 114 decoder positions
+_SHOWN_LENGTH, _SHOWN_SAMPLES = 64, 2  # of samples that a person reads
+_MOST_IDS = 1 << 24  # a larger id is no token's; their counts are not kept
 # Duplicates are counted where that costs seconds.
 _CHEAP_TOKENS, _CHEAP_DOCUMENTS = 1 << 26, 1 << 20
 _SHOWN_DOCUMENTS, _SHOWN_TOKENS = 3, 60
@@ -43,28 +49,69 @@ def data_report(
     """
     reader = _open_tokenizer(prefix, tokenizer) if tokenizer else None
     store = TokenStore(prefix)
+    report = {"kind": "data"} | _files(store, check_sums, reader)
+    report["duplicates"] = _duplicates([store])
+    report["training"] = _training(store, report["ids"]["max"])
+    if reader:
+        starts = range(min(num_shown, store.num_documents))
+        report["first_documents"] = [_text(store, i, reader) for i in starts]
+        report["samples"] = _samples(prefix, reader)
+    return report
+
+
+def pairs_report(
+    prefix: Path, *, tokenizer: Path | None, check_sums: bool, num_shown: int = _SHOWN_DOCUMENTS
+) -> dict[str, Any]:
+    """Everything that the token files of `preprocess --pairs` say of themselves.
+
+    Args:
+        prefix: without `_inputs` and `_targets`.
+        tokenizer: with which the first pairs are decoded.
+        check_sums: compare each `.bin` with its SHA-256 in the sidecar.
+        num_shown: pairs to decode.
+
+    Raises:
+        UserError: as for `data_report`, or the two are no pairs.
+    """
+    prefixes = [companion(prefix, f"_{field}") for field in FIELDS]
+    readers = [_open_tokenizer(p, tokenizer) if tokenizer else None for p in prefixes]
+    stores = [TokenStore(p) for p in prefixes]
+    inputs, targets = (store.num_documents for store in stores)
+    if inputs != targets:
+        raise UserError(
+            f"'{prefixes[0]}' has {inputs} documents and '{prefixes[1]}' {targets}, and document k "
+            "of one must belong to document k of the other. Write both anew with `megaswitch "
+            "preprocess --pairs`"
+        )
+    report: dict[str, Any] = {"kind": "pairs", "path": str(prefix), "pairs": inputs}
+    report["duplicates"] = _duplicates(stores)
+    for field, store, reader in zip(FIELDS, stores, readers, strict=True):
+        report[field] = _files(store, check_sums, reader)
+    reader = readers[0]
+    if reader:
+        report["first_pairs"] = [
+            {f: _text(store, i, reader) for f, store in zip(FIELDS, stores, strict=True)}
+            for i in range(min(num_shown, inputs))
+        ]
+    return report
+
+
+def _files(store: TokenStore, check_sums: bool, reader: Tokenizer | None) -> dict[str, Any]:
+    """What is to be said of any pair of token files."""
     if check_sums:
         _check_sum(store)
-    low, high = store.native.id_range(_ID_BUDGET) if store.num_tokens else (0, 0)
-    report = {
-        "kind": "data",
-        "path": str(prefix),
+    return {
+        "path": str(store.prefix),
         "documents": store.num_documents,
         "sequences": store.num_sequences,
         "tokens": store.num_tokens,
         "dtype": store.dtype.name,
-        "bytes": {s: companion(prefix, s).stat().st_size for s in (".bin", ".idx")},
+        "bytes": {s: companion(store.prefix, s).stat().st_size for s in (".bin", ".idx")},
         "verified": check_sums,
         "sidecar": asdict(store.meta) if store.meta else None,
-        "ids": {"min": low, "max": high, "all_read": store.num_tokens <= _ID_BUDGET},
+        "ids": _ids(store, store.meta or (reader.info if reader else None)),
         "lengths": _lengths(store),
-        "duplicates": _duplicates(store),
-        "training": _training(store, high),
     }
-    if reader:
-        starts = range(min(num_shown, store.num_documents))
-        report["first_documents"] = [_text(store, i, reader) for i in starts]
-    return report
 
 
 def _open_tokenizer(prefix: Path, path: Path) -> Tokenizer:
@@ -96,6 +143,57 @@ def _text(store: TokenStore, index: int, tokenizer: Tokenizer) -> dict[str, Any]
     start, length = store.native.document(index)
     shown = store.tokens(start, min(length, _SHOWN_TOKENS))
     return {"tokens": length, "text": tokenizer.decode(shown.tolist()), "cut": length > len(shown)}
+
+
+def _samples(prefix: Path, tokenizer: Tokenizer) -> list[dict[str, str]]:
+    """Short samples of span corruption: the text, and what encoder and decoder get of it."""
+    try:
+        loader = SpanCorruptionLoader(
+            prefix,
+            seed=0,
+            vocab_size=tokenizer.vocab_size,
+            encoder_length=_SHOWN_LENGTH,
+            tokenizer=tokenizer.info,
+        )
+    except UserError:  # too little text for one; `training` says so of larger samples
+        return []
+    count = min(_SHOWN_SAMPLES, loader.samples_per_epoch)
+    batch = loader.batch(range(count))
+    samples = []
+    for row in range(count):
+        text = loader.store.tokens(loader.sample_start(row), loader.tokens_per_sample)
+        samples.append(
+            {
+                "text": tokenizer.decode(text.tolist()),
+                "inputs": tokenizer.decode(batch.encoder_tokens[row].tolist()),
+                "targets": tokenizer.decode(batch.decoder_targets[row].tolist()),
+            }
+        )
+    return samples
+
+
+def _ids(store: TokenStore, made_with: TokenizerInfo | None) -> dict[str, Any]:
+    """Which ids occur: of all tokens, or of evenly spread ones in a large corpus."""
+    tokens = store.num_tokens
+    all_read = tokens <= _ID_BUDGET
+    low, high = store.native.id_range(_ID_BUDGET) if tokens else (0, 0)
+    used = unknown = None
+    if low >= 0 and high < _MOST_IDS:
+        counts = np.zeros(high + 1, dtype=np.int64)
+        for start in range(0, tokens, _WINDOW if all_read else tokens * _WINDOW // _ID_BUDGET):
+            window = store.tokens(start, min(_WINDOW, tokens - start))
+            # A rare id above those that were sampled for `high` is no more than rare.
+            counts += np.bincount(window[window <= high], minlength=high + 1)
+        used = int(np.count_nonzero(counts))
+        unknown = float(counts[2:3].sum() / max(counts.sum(), 1))
+    return {
+        "min": low,
+        "max": high,
+        "all_read": all_read,
+        "used": used,
+        "of": made_with and made_with.vocab_size - made_with.num_extra_ids,
+        "unknown_share": unknown,
+    }
 
 
 def document_lengths(store: TokenStore) -> Iterator[NDArray[np.int64]]:
@@ -149,19 +247,25 @@ def _lengths(store: TokenStore) -> dict[str, Any] | None:
     }
 
 
-def _duplicates(store: TokenStore) -> int | None:
-    """Documents equal to an earlier one that is not empty; None where counting is not cheap."""
-    if store.num_tokens > _CHEAP_TOKENS or store.num_documents > _CHEAP_DOCUMENTS:
+def _duplicates(stores: Sequence[TokenStore]) -> int | None:
+    """Documents, or pairs of documents, equal to an earlier one; None where counting is not cheap.
+
+    Empty ones do not count.
+    """
+    documents = stores[0].num_documents
+    if sum(s.num_tokens for s in stores) > _CHEAP_TOKENS or documents > _CHEAP_DOCUMENTS:
         return None
     seen: set[bytes] = set()
     repeated = 0
-    for index in range(store.num_documents):
-        tokens = store.document(index)
-        if not len(tokens):
+    for index in range(documents):
+        parts = [store.document(index) for store in stores]
+        if not any(map(len, parts)):
             continue
-        digest = hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
-        repeated += digest in seen
-        seen.add(digest)
+        digest = hashlib.blake2b(digest_size=16)
+        for part in parts:
+            digest.update(len(part).to_bytes(8, "little") + part.astype("<i8").tobytes())
+        repeated += digest.digest() in seen
+        seen.add(digest.digest())
     return repeated
 
 
@@ -192,24 +296,48 @@ def _training(store: TokenStore, highest: int) -> dict[str, Any]:
 
 def print_data(report: dict[str, Any]) -> None:
     """Show a report of `data_report` to people."""
+    more = [
+        ("training", _describe_training(report["training"])),
+        ("fingerprint", _describe_fingerprint(report["training"])),
+        ("repeated documents", _describe_duplicates(report)),
+    ]
+    _print_files(f"Tokens {report['path']}", report, more)
+    for number, document in enumerate(report.get("first_documents", ()), 1):
+        print_fields(f"Document {number}, {document['tokens']:,} tokens", [("", _shown(document))])
+    for number, sample in enumerate(report.get("samples", ())):
+        print_fields(f"Sample {number} of {_SHOWN_LENGTH} encoder tokens", sample.items())
+
+
+def print_pairs(report: dict[str, Any]) -> None:
+    """Show a report of `pairs_report` to people."""
+    fields = [("pairs", f"{report['pairs']:,}"), ("repeated pairs", _describe_duplicates(report))]
+    print_fields(f"Pairs {report['path']}", fields)
+    for field in FIELDS:
+        _print_files(f"{field.capitalize()} {report[field]['path']}", report[field], [])
+    for number, pair in enumerate(report.get("first_pairs", ()), 1):
+        shown = [(f"{f}, {pair[f]['tokens']:,} tokens", _shown(pair[f])) for f in FIELDS]
+        print_fields(f"Pair {number}", shown)
+
+
+def _print_files(
+    title: str, report: dict[str, Any], more: Sequence[tuple[str, str | None]]
+) -> None:
     files, ids, sidecar = report["bytes"], report["ids"], report["sidecar"]
-    lengths, duplicates = report["lengths"], report["duplicates"]
+    lengths = report["lengths"]
     read = "" if ids["all_read"] else f" (of some {_ID_BUDGET:,} tokens)"
-    repeated = f"{duplicates:,}" if duplicates is not None else "not counted in a corpus this large"
     print_fields(
-        f"Tokens {report['path']}",
+        title,
         [
             ("documents", f"{report['documents']:,} in {report['sequences']:,} sequences"),
             ("tokens", f"{report['tokens']:,} of type {report['dtype']}"),
             ("files", f".bin {size(files['.bin'])}, .idx {size(files['.idx'])}"
                       + ("; the sum of the .bin matches" if report["verified"] else "")),
             ("ids", f"{ids['min']:,} to {ids['max']:,}{read}"),
+            ("vocabulary", _describe_coverage(ids)),
             ("tokenizer", _describe_sidecar(sidecar)),
             ("content", sidecar and f"sha256 {sidecar['content_sha256'][:16]}…"),
-            ("training", _describe_training(report["training"])),
-            ("fingerprint", _describe_fingerprint(report["training"])),
             ("empty documents", lengths and f"{lengths['empty']:,}"),
-            ("repeated documents", repeated),
+            *more,
         ],
     )  # fmt: skip
     if lengths:
@@ -219,9 +347,22 @@ def print_data(report: dict[str, Any]) -> None:
         labels = [f"{b['from']:,} – {b['below'] - 1:,}" for b in lengths["histogram"]]
         counts = [b["documents"] for b in lengths["histogram"]]
         print_lines(f"Tokens per document: {numbers}", histogram(labels, counts))
-    for number, document in enumerate(report.get("first_documents", ()), 1):
-        text = document["text"] + (" …" if document["cut"] else "")
-        print_fields(f"Document {number}, {document['tokens']:,} tokens", [("", text)])
+
+
+def _shown(document: dict[str, Any]) -> str:
+    return document["text"] + (" …" if document["cut"] else "")
+
+
+def _describe_duplicates(report: dict[str, Any]) -> str:
+    found = report["duplicates"]
+    return f"{found:,}" if found is not None else "not counted in a corpus this large"
+
+
+def _describe_coverage(ids: dict[str, Any]) -> str | None:
+    if ids["used"] is None:
+        return None
+    of = f" of {ids['of']:,} ids of text ({ids['used'] / ids['of']:.1%})" if ids["of"] else " ids"
+    return f"{ids['used']:,}{of} occur; {ids['unknown_share']:.3%} of tokens are unknown (id 2)"
 
 
 def _describe_sidecar(sidecar: dict[str, Any] | None) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 from rich.table import Table
 
 from megaswitch.checkpoint.diff import TensorDiff, compare
+from megaswitch.checkpoint.integrity import check_sizes
 from megaswitch.checkpoint.manager import (
-    check_sizes,
     find_checkpoint,
     read_config,
     read_state,

@@ -14,7 +14,7 @@ from megaswitch.log import UserError, warn
 
 # Tokens whose ids are checked at open; of a larger corpus so many are sampled. Each sample is
 # checked again when it is read.
-_ID_CHECK_BUDGET = 1 << 24
+_ID_CHECK_BUDGET = 1 << 20
 _FIRST_TEXT_ID = 3  # pad, EOS and unknown come before it
 
 _FINGERPRINT_WINDOWS = 64

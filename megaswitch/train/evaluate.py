@@ -78,7 +78,8 @@ class Request:
             for key in ("encoder_length", "noise_density", "mean_span_length")
             if (value := getattr(self, key)) is not None
         }
-        if shape:  # the length that was set may be too short for other samples
+        if shape and config.data.objective != "text-to-text":
+            # The length that was set may be too short for other samples.
             shape["decoder_length"] = None
         train = {
             key: value for key in ("precision", "seed") if (value := getattr(self, key)) is not None
@@ -150,6 +151,7 @@ def evaluate(plan: Plan, mesh: Mesh, watchdog: Watchdog | None = None) -> Evalua
     request, checkpoint, config = plan.request, plan.checkpoint, plan.config
     with mesh.together():
         files = parse_data(request.data, request.by)
+        _check_kind(files, config)
         batch_size = _whole_groups(request.batch_size, config)
         tokenizer = _tokenizer_of(checkpoint, files)
     parts, step = load_trained(checkpoint, config, mesh)
@@ -203,6 +205,27 @@ def _whole_groups(batch_size: int | None, config: RunConfig) -> int:
     return batch_size
 
 
+def _check_kind(files: Sequence[DataFile], config: RunConfig) -> None:
+    """Refuse pairs for a model of texts, and texts for a model of pairs."""
+    objective = config.data.objective
+    wants_pairs = objective == "text-to-text"
+    wrong = [f"'{f.path}'" for f in files if (len(f.token_prefixes) == 2) != wants_pairs]
+    if not wrong:
+        return
+    trained = f"the checkpoint was trained with data.objective={objective!r}"
+    if wants_pairs:
+        raise UserError(
+            f"{', '.join(wrong)}: {trained}, on pairs of inputs and targets, and these are none; "
+            "make pairs of JSON lines with `megaswitch preprocess --pairs` and give their prefix, "
+            "without _inputs and _targets."
+        )
+    raise UserError(
+        f"{', '.join(wrong)}: {trained}, and these are pairs of inputs and targets; give text or a "
+        "corpus that `megaswitch preprocess` made without --pairs, or a checkpoint trained with "
+        "data.objective='text-to-text'."
+    )
+
+
 def _tokenizer_of(checkpoint: Path, files: Sequence[DataFile]) -> Tokenizer | None:
     """The tokenizer in the checkpoint, which `files` must fit as far as that is known."""
     path = checkpoint / "tokenizer.model"
@@ -217,11 +240,11 @@ def _tokenizer_of(checkpoint: Path, files: Sequence[DataFile]) -> Tokenizer | No
             )
         return None
     tokenizer = Tokenizer(path)
-    for file in files:
-        meta = None if file.is_text else CorpusMeta.read(file.path)
+    for prefix in (prefix for file in files for prefix in file.token_prefixes):
+        meta = CorpusMeta.read(prefix)
         if meta and meta.tokenizer_sha256 != tokenizer.sha256:
             raise UserError(
-                f"'{file.path}' was made with another tokenizer (sha256 "
+                f"'{prefix}' was made with another tokenizer (sha256 "
                 f"{meta.tokenizer_sha256[:12]}…) than the checkpoint's ({tokenizer.sha256[:12]}…), "
                 "so its ids mean other text to the model; give the text itself, or preprocess it "
                 f"with --tokenizer {path}."

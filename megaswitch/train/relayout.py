@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from megaswitch.checkpoint.contents import MODEL, stored_keys
+from megaswitch.checkpoint.integrity import check_sizes
 from megaswitch.checkpoint.manager import (
-    check_sizes,
     find_checkpoint,
     read_config,
     read_state,

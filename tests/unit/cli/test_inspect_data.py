@@ -1,6 +1,7 @@
 """`megaswitch inspect` of token files."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 from megaswitch.cli import inspect_data
 from megaswitch.data.indexed import IndexedWriter, TokenizerInfo, TokenStore, companion
 from megaswitch.data.loader import SpanCorruptionLoader
+from megaswitch.data.text_to_text import preprocess_pairs
+from megaswitch.data.tokenizer import Tokenizer
 from tests.unit.cli.commands import printed, refusal, report
 
 
@@ -34,7 +37,9 @@ def test_the_report_is_exact(prefix, capsys):
     assert (found["documents"], found["sequences"], found["tokens"]) == (7, 8, 6431)
     assert found["dtype"] == "uint16"
     assert found["bytes"][".bin"] == 2 * 6431
-    assert found["ids"] == {"min": 3, "max": 192, "all_read": True}
+    assert found["ids"] == {
+        "min": 3, "max": 192, "all_read": True, "used": 190, "of": 200, "unknown_share": 0.0,
+    }  # fmt: skip
     assert found["duplicates"] == 1
     lengths = found["lengths"]
     assert {k: lengths[k] for k in ("min", "median", "p99", "max", "empty")} == {
@@ -108,6 +113,69 @@ def test_first_documents_are_decoded(text_run, capsys):
     assert len(found["first_documents"]) == 3
     assert set(found["first_documents"][0]["text"].split()[:-1]) <= words
     assert found["first_documents"][0]["cut"]
+
+
+def test_samples_are_shown_before_and_after_corruption(text_run, capsys):
+    arguments = ("inspect", text_run / "valid", "--tokenizer", text_run / "spm.model")
+    found = report(capsys, *arguments)
+    assert len(found["samples"]) == 2
+    for sample in found["samples"]:
+        pieces = dict(re.findall(r"(<extra_id_\d+>) ?([^<]*)", sample["targets"]))
+        assert pieces
+        whole = sample["inputs"]
+        for sentinel, text in pieces.items():
+            assert sentinel in whole
+            whole = whole.replace(sentinel, text)
+        assert "".join(whole.split()) == "".join(sample["text"].split())
+    assert "Sample 1 of 64 encoder tokens" in printed(capsys, *arguments)
+
+
+def test_too_little_text_for_a_sample_is_no_error(text_run, tmp_path, capsys):
+    tokenizer = Tokenizer(text_run / "spm.model")
+    with IndexedWriter(tmp_path / "c", np.uint16, tokenizer=tokenizer.info) as writer:
+        writer.add_document([5, 6, 2])
+    found = report(capsys, "inspect", tmp_path / "c", "--tokenizer", text_run / "spm.model")
+    assert found["samples"] == []
+    assert found["ids"]["unknown_share"] == pytest.approx(1 / 3)
+    assert found["ids"]["of"] == 400  # and 100 sentinels
+
+
+def test_coverage_of_a_large_corpus_is_sampled(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(inspect_data, "_ID_BUDGET", 4096)
+    monkeypatch.setattr(inspect_data, "_WINDOW", 100)
+    found = report(capsys, "inspect", write(tmp_path / "c", [[5000]] * 10))
+    assert found["ids"]["used"] == 190
+    assert not found["ids"]["all_read"]
+
+
+@pytest.fixture
+def pairs(text_run, tmp_path):
+    lines = [{"inputs": f"bada {n % 7}", "targets": "gule kida"} for n in range(20)]
+    lines.append({"inputs": "bada 1 bada", "targets": "gule"})
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    preprocess_pairs([tmp_path / "p.jsonl"], tmp_path / "p", text_run / "spm.model")
+    return tmp_path / "p"
+
+
+def test_pairs_are_described_together(pairs, text_run, capsys):
+    arguments = ("inspect", pairs, "--verify", "--tokenizer", text_run / "spm.model")
+    found = report(capsys, *arguments)
+    assert (found["kind"], found["pairs"], found["duplicates"]) == ("pairs", 21, 13)
+    assert found["inputs"]["documents"] == found["targets"]["documents"] == 21
+    assert found["inputs"]["verified"]
+    assert found["targets"]["lengths"]["max"] >= 2
+    assert found["first_pairs"][0]["targets"]["text"] == "gule kida"
+    text = printed(capsys, *arguments)
+    assert "repeated pairs  13" in text
+    assert "Pair 3" in text
+    assert report(capsys, "inspect", companion(pairs, "_inputs"))["kind"] == "data"
+
+
+def test_halves_that_are_no_pairs_are_refused(pairs, text_run, tmp_path):
+    write(companion(pairs, "_targets"), [[5]], sidecar=False)
+    assert "21 documents and" in refusal("inspect", pairs)
+    companion(pairs, "_targets.idx").unlink()
+    assert "p_targets.idx" in refusal("inspect", pairs)
 
 
 def test_another_tokenizer_is_refused(text_run, prefix):

@@ -62,6 +62,59 @@ def test_101_languages_with_exponent_03_get_their_exact_quotas(block):
         assert np.bincount(where, minlength=101).tolist() == list(found)
 
 
+def root(number, degree):
+    """The greatest integer whose power is not above `number`."""
+    low, high = 0, 1 << (number.bit_length() // degree + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if middle**degree <= number else (low, middle)
+    return low
+
+
+def largest_remainders(sizes, block):
+    """Exact quotas at exponent 3/10, in whole numbers: size^0.3 to 60 digits is a tenth root."""
+    weights = [root(n**3 * 10**600, 10) for n in sizes]
+    total = sum(weights)
+    shares = [Fraction(weight * block, total) for weight in weights]
+    whole = [share.numerator // share.denominator for share in shares]
+    rests = sorted(range(len(sizes)), key=lambda d: (whole[d] - shares[d], d))
+    for source in rests[: block - sum(whole)]:
+        whole[source] += 1
+    return tuple(whole)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    st.lists(st.integers(1, 10**10), min_size=90, max_size=110),
+    st.sampled_from([1 << 14, 1 << 16, 1 << 20]),
+)
+def test_quotas_of_a_hundred_languages_are_exact(sizes, block):
+    assert quotas(size_weights(sizes, exponent=0.3), block) == largest_remainders(sizes, block)
+
+
+def test_a_hundred_languages_are_drawn_by_exact_quotas_block_by_block(make_corpus):
+    """Corpora whose sizes span two orders of magnitude, through the loaders themselves."""
+    draw = random.Random(1)
+    names = [f"l{number:03}" for number in range(100)]
+    loaders = {
+        name: SpanCorruptionLoader(
+            make_corpus(round(10 ** draw.uniform(2.1, 4.1)), name=name, tokenizer=info()),
+            seed=source_seed(3, name),
+            **SETTINGS,
+        )
+        for name in names
+    }
+    block = 1 << 12
+    mixture = Mixture(loaders, seed=3, block=block, exponent=0.3)
+    exact = largest_remainders([loaders[name].samples_per_epoch for name in names], block)
+    assert mixture.segments == (Segment(0, exact),)
+    for number in (0, 1, 1_000_000):
+        batch = mixture.batch(range(number * block, (number + 1) * block))
+        assert torch.bincount(batch.source, minlength=100).tolist() == list(exact)
+    counters = mixture.counters(2 * block)
+    assert [counters[f"samples/{name}"] for name in names] == [2 * quota for quota in exact]
+
+
 def test_shares_by_hand():
     assert size_weights([10, 1_000]) == [10, 1_000]
     assert size_weights([10, 1_000], cap=100) == [10, 100]

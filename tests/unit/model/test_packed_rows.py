@@ -142,6 +142,31 @@ def test_nothing_of_a_document_reaches_another(checkpointing):
             assert torch.equal(one, three)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_in_one_document_ends_the_step_packed_or_not(value):
+    """Masks are finite and attention is dense, so 0·NaN reaches the documents of the same row.
+
+    That changes nothing: the loss is a sum over documents, which one of them makes not finite
+    wherever it stands, and on such a loss training stops before it updates anything. Other rows
+    are never touched.
+    """
+    model = tiny_model(moe=MODES["dense"])
+    rows = documents()
+    encoder, decoder, targets, encoder_segments, decoder_segments = pack(rows)
+    inputs = {"encoder": model.embedding(encoder), "decoder": model.embedding(decoder)}
+    inputs["encoder"].data[0, 1] = value  # a token of the first document of the first row
+    model.embed = lambda *_: Activations(inputs["encoder"], inputs["decoder"])
+    segments = {"encoder_segments": encoder_segments, "decoder_segments": decoder_segments}
+    logits = model(encoder, decoder, **segments).logits
+    losses = [
+        token_losses(logits, targets, decoder_segments == number).cross_entropy
+        for number in range(1, 4)
+    ]
+    assert not losses[0].isfinite(), "so would the sum be, were the others untouched"
+    assert not sum(losses).isfinite()
+    assert bool(logits[1:].isfinite().all())
+
+
 def test_dropping_counts_the_tokens_of_all_documents_in_a_row_together():
     # A group is whole rows, whatever they hold: its slots go to the first tokens of the row.
     model = tiny_model(moe={"group_size": 13, "eval_capacity_factor": 0.5})

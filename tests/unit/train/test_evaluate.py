@@ -7,11 +7,14 @@ from dataclasses import replace
 import pytest
 
 from megaswitch.checkpoint.manager import find_checkpoint
+from megaswitch.config import load_config
 from megaswitch.data.preprocess import preprocess
+from megaswitch.data.text_to_text import preprocess_pairs
 from megaswitch.log import UserError
 from megaswitch.parallel.mesh import Mesh
 from megaswitch.train.evaluate import Request, evaluate
 from megaswitch.train.metrics import read_metrics, router_metrics
+from megaswitch.train.trainer import Trainer
 
 
 @pytest.fixture
@@ -141,3 +144,38 @@ def test_all_sources_that_cannot_be_opened_are_named(request_, tmp_path):
             writer.add_document(range(3, 13))
     with pytest.raises(UserError, match=r"one' has 10 tokens, fewer.*\n.*two' has 10 tokens"):
         run(replace(request_, data=[f"{tmp_path}/one", f"{tmp_path}/two"]))
+
+
+@pytest.fixture
+def pairs(text_run, tmp_path):
+    """The prefix of pairs of texts, and a request for a checkpoint trained on them."""
+    words = (text_run / "texts.jsonl").read_text().split()[2:40]
+    lines = [{"inputs": " ".join(words[n : n + 4]), "targets": words[n]} for n in range(30)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    preprocess_pairs([tmp_path / "p.jsonl"], tmp_path / "p", text_run / "spm.model")
+    trained = load_config(text_run / "run" / "config.toml")
+    data = replace(
+        trained.data, train=str(tmp_path / "p"), valid=str(tmp_path / "p"),
+        objective="text-to-text", decoder_length=16,
+    )  # fmt: skip
+    train = replace(trained.train, run_dir=str(tmp_path / "run"))
+    assert Trainer.build(replace(trained, data=data, train=train), Mesh.start("cpu")).fit()
+    return Request(checkpoint=tmp_path / "run", data=[f"{tmp_path}/p"])
+
+
+def test_pairs_are_evaluated_as_training_validated_them(pairs, tmp_path, text_run):
+    evaluation = run(pairs)
+    (last,) = (m for m in read_metrics(tmp_path / "run/metrics.jsonl") if "valid/loss" in m)
+    (name,) = evaluation.sources
+    assert name == "p"
+    assert evaluation.total.metrics["loss"] == last["valid/loss"]
+    assert evaluation.decoder_length == 16
+    assert run(replace(pairs, encoder_length=32)).config.data.decoder_length == 16
+
+
+def test_pairs_and_texts_are_not_confused(pairs, request_, text_run):
+    with pytest.raises(UserError, match=r"/p'.*'span-corruption', and these are pairs"):
+        run(replace(request_, data=pairs.data))
+    for other in (f"{text_run}/valid", f"{text_run}/texts.jsonl"):
+        with pytest.raises(UserError, match=r"these are none; make pairs .* preprocess --pairs"):
+            run(replace(pairs, data=[other]))

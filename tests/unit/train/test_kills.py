@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 
 from megaswitch.checkpoint.manager import checkpoints, find_checkpoint, verify
 from megaswitch.train.metrics import read_metrics
+from tests.conftest import write_corpus
 
 STEPS = 400
-KILLS = 50
+# Kills, and what a run on packed documents of several sources has that others have not.
+RUNS = {"one corpus": (50, False), "packed mixture": (15, True)}
 
 
 def newest(run_dir):
@@ -23,17 +25,26 @@ def newest(run_dir):
     return found[-1].name if found else None
 
 
-def command(config, options, run_dir):
+def command(config, options, run_dir, steps=STEPS):
     return [
         *(sys.executable, "-m", "megaswitch", "train", str(config), *options),
-        f"--train.steps={STEPS}",
+        f"--train.steps={steps}",
         f"--train.run_dir={run_dir}",
         "--checkpoint.interval=1",
     ]
 
 
 @pytest.mark.long
-def test_kills_leave_no_trace(run_options, tmp_path):
+@pytest.mark.parametrize("name", RUNS)
+def test_kills_leave_no_trace(run_options, tmp_path, name):
+    total, mixed = RUNS[name]
+    if mixed:
+        run_options = [o for o in run_options if not o.startswith("--data.train=")]
+        for number, source in enumerate(("de", "en")):
+            write_corpus(tmp_path / source, 3_000 * (number + 1), seed=number)
+            run_options.append(f"--data.train.{source}={tmp_path / source}")
+        run_options += ["--data.mixture.exponent=0.3", "--data.mixture.block=40"]
+        run_options.append("--data.packing=true")
     config = tmp_path / "run.toml"
     config.write_text("")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -41,9 +52,13 @@ def test_kills_leave_no_trace(run_options, tmp_path):
     run = command(config, run_options, tmp_path / "run")
     chance = random.Random(0)
     kills = 0
-    while kills < KILLS:
+    while kills < total:
         before = newest(tmp_path / "run")
-        process = subprocess.Popen(run, env=environment, stderr=subprocess.DEVNULL)
+        # How samples are read and how long the run is to be are no part of what they are.
+        now = command(config, run_options, tmp_path / "run", STEPS + kills)
+        now += [f"--data.loader_threads={1 + kills % 3}"]
+        now += [f"--data.access={('mmap', 'pread')[kills % 2]}"]
+        process = subprocess.Popen(now, env=environment, stderr=subprocess.DEVNULL)
         while newest(tmp_path / "run") == before and process.poll() is None:
             time.sleep(0.005)
         # A step with its checkpoint takes some 30 ms, so kills hit every moment of a write.

@@ -149,18 +149,26 @@ def global_batches(options, dp, micro, steps, samples=0, threads=1, **changes):
         plan = micro_batches(config, Rank(rank, dp), samples)
         with loader.stream(plan, threads=threads, ahead=threads + 2) as stream:
             rows = [next(stream) for _ in range(steps * 24 // dp // micro)]
-        tokens = [torch.cat((b.encoder_tokens, b.decoder_targets, b.sample_index[:, None]), 1)
-                  for b in rows]  # fmt: skip
-        parts.append(torch.cat(tokens).view(steps, 24 // dp, -1))
+        parts.append(torch.cat([all_of(b) for b in rows]).view(steps, 24 // dp, -1))
     return torch.cat(parts, 1)
 
 
+def all_of(batch):
+    """Everything that a sample holds, a row each; its index comes last."""
+    fields = [batch.encoder_tokens, batch.decoder_tokens, batch.decoder_targets]
+    segments = [batch.encoder_segments, batch.decoder_segments]
+    columns = [batch.source, batch.sample_index]
+    fields += [field for field in segments if field is not None]
+    return torch.cat([*fields, *(c[:, None] for c in columns if c is not None)], 1)
+
+
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("mixed", [True, False])
 def test_global_batches_are_the_same_for_every_layout_and_after_every_resume(
-    options, run_options, mixed
+    options, run_options, mixed, packed
 ):
     given = options if mixed else run_options
-    given = [*given, "--model.moe.group_size=64"]
+    given = [*given, "--model.moe.group_size=64", *(["--data.packing=true"] if packed else [])]
     expected = global_batches(given, 1, 24, steps=10)
     assert expected[:, :, -1].flatten().tolist() == list(range(240))
     for dp, micro, threads in [(1, 1, 4), (2, 3, 1), (3, 8, 2), (4, 2, 3), (8, 1, 2), (8, 3, 1)]:
