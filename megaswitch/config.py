@@ -11,7 +11,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from pydantic import TypeAdapter, ValidationError
 from megaswitch.log import ConfigError, UserError
 from megaswitch.presets import PRESETS
 from megaswitch.rules import check
-from megaswitch.rules_parallel import REFUSED
+from megaswitch.rules_parallel import REFUSED, check_parallel
 from megaswitch.schema import (
     CheckpointConfig,
     DataConfig,
+    DistillConfig,
+    LoRAConfig,
     ModelConfig,
     MoEConfig,
     OptimConfig,
@@ -36,6 +38,8 @@ from megaswitch.schema import (
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "DistillConfig",
+    "LoRAConfig",
     "MoEConfig",
     "ModelConfig",
     "OptimConfig",
@@ -48,12 +52,17 @@ __all__ = [
     "known_keys",
     "load_config",
     "model_config",
+    "relaid",
     "to_toml",
 ]
 
 
 def load_config(
-    path: Path | None, overrides: Sequence[str] = (), *, world_size: int = 1
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    world_size: int = 1,
+    base: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
 ) -> RunConfig:
     """The configuration of `path` (TOML) changed by `--section.key=value` overrides.
 
@@ -61,6 +70,7 @@ def load_config(
         path: a TOML file, or None for the defaults.
         overrides: later ones win; values are TOML, or else plain strings.
         world_size: ranks that will share the batch.
+        base: from what the user wrote to what it is laid over, instead of the plain defaults.
 
     Raises:
         ConfigError: naming every problem found, each with value, rule and remedy.
@@ -68,7 +78,7 @@ def load_config(
     """
     table = _read_toml(path) if path else {}
     problems = [problem for text in overrides if (problem := _override(table, text))]
-    config, more = _parse(table)
+    config, more = _parse(_merge(_merge({}, base(table)), table) if base else table)
     problems += more
     bad_keys = {problem.split("=")[0].split(" ")[0] for problem in problems}
     problems += [p for p in _inactive(config, table) if not _speaks_of(p, bad_keys)]
@@ -103,6 +113,38 @@ def from_toml(text: str) -> RunConfig:
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def relaid(config: RunConfig, overrides: Sequence[str], ranks: int | None) -> tuple[RunConfig, int]:
+    """The configuration of the same run in another layout.
+
+    Args:
+        config: of the run; of its own layout nothing is kept.
+        overrides: of keys of `parallel`, and train.micro_batch_size.
+        ranks: None: as many as pp × ep × tp.
+
+    Returns:
+        the configuration, and the number of ranks.
+
+    Raises:
+        ConfigError: naming every problem found.
+    """
+    table = tomllib.loads(to_toml(config))
+    table.pop("parallel", None)
+    problems = [
+        f"{text.partition('=')[0]} is no key of a layout; only --parallel.KEY and "
+        "--train.micro_batch_size may change, the rest is the checkpoint's"
+        for text in overrides
+        if not text.startswith(("--parallel.", "--train.micro_batch_size="))
+    ]
+    problems += [problem for text in overrides if (problem := _override(table, text))]
+    config, more = _parse(table)
+    parallel = config.parallel
+    ranks = ranks or parallel.pp * parallel.ep * parallel.tp
+    problems = problems or more or [*_inactive(config, table), *check_parallel(config, ranks)]
+    if problems:
+        raise ConfigError(problems)
+    return config, ranks
 
 
 def to_toml(config: RunConfig) -> str:

@@ -34,10 +34,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def lock(folder: Path) -> IO[str]:
+def lock(folder: Path, *, doing: str = "training", other: str = "train.run_dir") -> IO[str]:
     """Claim `folder` for this process until the returned file is closed or the process ends.
 
     Some cluster file systems have no locks; there it only warns.
+
+    Args:
+        folder: made if it is not there.
+        doing: what the holder does there, for the error.
+        other: what names another folder, for the error.
 
     Raises:
         UserError: another process holds it.
@@ -56,8 +61,8 @@ def lock(folder: Path) -> IO[str]:
         holder = file.read().strip() or "unknown"
         file.close()
         raise UserError(
-            f"another process ({holder}) is training in {folder}; wait for it, stop it, or choose "
-            "another train.run_dir"
+            f"another process ({holder}) is {doing} in {folder}; wait for it, stop it, or choose "
+            f"another {other}"
         ) from None
     file.truncate(0)
     file.write(f"pid {os.getpid()}")

@@ -53,6 +53,15 @@ _TINY = _t5(128, 512, 4, 2, d_kv=32, vocab_size=2048, tie_embeddings=False)
 _BASE = _t5(768, 3072, 12, 12)
 _LARGE = _t5(1024, 4096, 16, 24)
 _XXL = _v1_1(4096, 10240, 64, 24)
+# mT5 is T5 v1.1 with 250,112 pieces for 101 languages.
+_MT5 = {
+    "small": (512, 1024, 6, 8),
+    "base": (768, 2048, 12, 12),
+    "large": (1024, 2816, 16, 24),
+    "xl": (2048, 5120, 32, 24),
+    "xxl": (4096, 10240, 64, 24),
+}
+_MULTILINGUAL: Table = {"vocab_size": 250_112}
 _GEGLU_BASE = _t5(768, 2048, 12, 12, activation="gated-gelu")
 _GEGLU_LARGE = _t5(1024, 2816, 16, 24, activation="gated-gelu")
 _XXL_MOE: Table = {"group_size": 4096, "eval_capacity_factor": 4.0, "min_capacity": 2}
@@ -73,8 +82,13 @@ PRESETS: dict[str, Table] = {
     "t5-v1_1-xl": _v1_1(2048, 5120, 32, 24),
     "t5-v1_1-xxl": _XXL,
     **{f"switch-base-{n}": _switch(_BASE, n) for n in (2, 4, 8, 16, 32, 64, 128, 256)},
+    # The paper's baseline, top-2 mixtures in the same places; Table 1 has factors 1.0 and 1.25 too.
+    "moe-base-128": _switch(_BASE, 128, router="top-2", train_capacity_factor=2.0),
     "switch-large-128": _switch(_LARGE, 128, group_size=4096),
     "switch-xxl-128": _switch(_XXL, 128, **_XXL_MOE),
+    **{f"mt5-{size}": _v1_1(*shape, **_MULTILINGUAL) for size, shape in _MT5.items()},
+    # mT5-Base with experts (paper §4.3). How many, the paper does not say: as its Switch-Base.
+    "mswitch-base-128": _switch(_v1_1(*_MT5["base"], **_MULTILINGUAL), 128),
     # 30 heads as released; the paper says 32.
     "switch-c-2048": _switch(_t5(2080, 6144, 30, 15, tie_embeddings=False), 2048, **_C_MOE),
     # Table 9 to the letter. Its XXL has 64 experts, which cannot give the 395B it states, and its

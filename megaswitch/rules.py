@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from megaswitch.rules_distill import check_distill
+from megaswitch.rules_moe import check_moe
 from megaswitch.rules_parallel import check_parallel, data_parallel_ranks
 
 if TYPE_CHECKING:
@@ -16,16 +18,20 @@ if TYPE_CHECKING:
 def check(config: RunConfig, world_size: int = 1) -> list[str]:
     """Problems between keys, each with value, rule and remedy. Needs no process group."""
     return [
-        *_check_model(config.model),
+        *check_model(config.model),
+        *check_moe(config),
         *check_parallel(config, world_size),
         *_check_batch(config, world_size),
-        *_check_groups(config),
+        *check_groups(config),
         *_check_data(config.data),
+        *_check_tuning(config),
         *_check_rest(config),
+        *check_distill(config),
     ]
 
 
-def _check_model(model: ModelConfig) -> Iterator[str]:
+def check_model(model: ModelConfig) -> Iterator[str]:
+    """Problems of a model by itself."""
     if model.relative_buckets % 4:
         yield (
             f"model.relative_buckets={model.relative_buckets} must be a multiple of 4 "
@@ -69,7 +75,8 @@ def _check_batch(config: RunConfig, world_size: int) -> Iterator[str]:
         yield from _check_rampup(train, share)
 
 
-def _check_groups(config: RunConfig) -> Iterator[str]:
+def check_groups(config: RunConfig) -> Iterator[str]:
+    """Problems of routing groups: whole rows make a group, whole groups a micro-batch."""
     train, moe = config.train, config.model.moe
     if not moe.num_experts or moe.capacity_mode == "hf":
         return
@@ -121,6 +128,37 @@ def _check_data(data: DataConfig) -> Iterator[str]:
         )
 
 
+def _check_tuning(config: RunConfig) -> Iterator[str]:
+    data, optim = config.data, config.optim
+    sources = {
+        name: where
+        for part in (data.train, data.valid)
+        if isinstance(part, dict)
+        for name, where in part.items()
+    }
+    for name in (data.tasks or {}).keys() - sources.keys():
+        yield (
+            f"data.tasks names {name!r}, which is no source; give its files as data.train.{name} "
+            f"or data.valid.{name}"
+        )
+    if data.tasks and data.tokenizer is None:
+        yield (
+            "data.tokenizer is not set, and data.tasks are texts that it must read; give the "
+            "SentencePiece model of the pre-training"
+        )
+    if data.tasks and data.valid and config.train.valid_metrics and config.parallel.pp > 1:
+        yield (
+            f"train.valid_metrics=True needs all layers on each rank, and parallel.pp="
+            f"{config.parallel.pp} spreads them; use train.valid_metrics=false (losses alone) and "
+            "score checkpoints with `megaswitch evaluate RUN --task`, or pp=1"
+        )
+    for key in ("train_only", "freeze"):
+        if getattr(optim, key) == []:
+            yield f"optim.{key}=[] matches no parameter; leave it unset, or give patterns"
+    if config.model.lora.rank and not config.model.lora.targets:
+        yield "model.lora.targets=[] adapts nothing; give patterns, or model.lora.rank=0"
+
+
 def _check_weights(
     sources: dict[str, str], mixture: MixtureConfig, weights: dict[str, float]
 ) -> Iterator[str]:
@@ -139,7 +177,7 @@ def _check_weights(
             f"data.mixture.weights has {', '.join(wrong) or 'only zeros'}; weights must not be "
             "negative, and one must be positive"
         )
-    for key in ("exponent", "cap"):
+    for key in ("size", "exponent", "cap"):
         if (value := getattr(mixture, key)) is not None:
             yield (
                 f"data.mixture.{key}={value} would be ignored because data.mixture.weights gives "

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from megaswitch.presets import PRESETS
+from megaswitch.rules_distill import teacher_has_experts
 
 if TYPE_CHECKING:
     from megaswitch.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
@@ -117,12 +118,12 @@ def _check_tensor(config: RunConfig, world_size: int) -> Iterator[str]:
 def _check_experts(config: RunConfig, world_size: int) -> Iterator[str]:
     parallel, experts = config.parallel, config.model.moe.num_experts
     ep, chunks = parallel.ep, parallel.ep_chunks
-    if ep > 1 and not experts:
+    if ep > 1 and not experts and not teacher_has_experts(config):
         yield (
             f"parallel.ep={ep} needs experts to spread, and model.moe.num_experts=0 is a dense "
             f"model; use ep=1, or set num_experts to a multiple of {ep}"
         )
-    elif ep > 1 and experts % ep:
+    elif ep > 1 and experts and experts % ep:
         yield (
             f"parallel.ep={ep} must divide model.moe.num_experts={experts}"
             f"{_preset(config.model, 'num_experts')}; "

@@ -1,85 +1,39 @@
 """Every configuration key, as frozen dataclasses with their types, bounds and defaults.
 
-Those of `data` are in `schema_data.py`; `schema_keys.py` says how keys are declared.
+Those of `data`, `distill` and `model.moe` are in files of their own, such as `schema_data.py`;
+`schema_keys.py` says how keys are declared.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megaswitch.schema_data import DataConfig
+from megaswitch.schema_distill import DistillConfig
 from megaswitch.schema_keys import STRICT, all_of, only_if
-
-
-def _switch_only(default: Any, description: str, **rules: Any) -> Any:
-    extra = rules.pop("json_schema_extra", only_if("model.moe.num_experts"))
-    return Field(default=default, description=description, json_schema_extra=extra, **rules)
+from megaswitch.schema_moe import MoEConfig
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class MoEConfig:
-    """The Switch layers. With `num_experts` 0 the model is a dense T5. Source: paper §2."""
+class LoRAConfig:
+    """Low-rank adapters: W x + alpha / rank · B A x, with B = 0 at the start (arXiv 2106.09685).
 
-    num_experts: int = Field(default=0, ge=0, description="experts per Switch layer; 0: dense")
-    encoder_sparse_step: int = _switch_only(
-        2, "every n-th encoder layer (n-1, 2n-1, …) is sparse; 0: none", ge=0
-    )
-    decoder_sparse_step: int = _switch_only(
-        2, "every n-th decoder layer (n-1, 2n-1, …) is sparse; 0: none", ge=0
-    )
-    capacity_mode: Literal["group", "hf", "dropless"] = _switch_only(
-        "group", "group: the paper's; hf: fixed slots per row and expert; dropless: no limit"
-    )
-    group_size: int = _switch_only(
-        1024,
-        "encoder tokens routed together; a group holds group_size / encoder_length whole rows",
-        gt=0,
-        json_schema_extra=only_if("model.moe.capacity_mode", "group", "dropless"),
-    )
-    train_capacity_factor: float = _switch_only(
-        1.25,
-        "slots per expert in training, as a multiple of an even share",
-        gt=0,
-        json_schema_extra=only_if("model.moe.capacity_mode", "group"),
-    )
-    eval_capacity_factor: float = _switch_only(
-        2.0,
-        "the same in evaluation",
-        gt=0,
-        json_schema_extra=only_if("model.moe.capacity_mode", "group"),
-    )
-    min_capacity: int = _switch_only(
-        4,
-        "fewest slots per expert and group",
-        ge=0,
-        json_schema_extra=only_if("model.moe.capacity_mode", "group"),
-    )
-    hf_capacity: int = _switch_only(
-        64,
-        "slots per row and expert (HF's expert_capacity)",
-        gt=0,
-        json_schema_extra=only_if("model.moe.capacity_mode", "hf"),
-    )
-    jitter: float = _switch_only(
-        1e-2, "router input is multiplied by U(1-jitter, 1+jitter) in training", ge=0, lt=1
-    )
-    aux_loss_weight: float = _switch_only(1e-2, "weight α of the load-balancing loss", ge=0)
-    aux_loss_reduction: Literal["sum", "mean"] = _switch_only(
-        "sum", "over layers: sum as Mesh-TF (the paper's code), mean as T5X"
-    )
-    aux_loss_padding: Literal["scaled", "excluded"] = _switch_only(
-        "scaled",
-        "scaled: padding counts, the loss is scaled by the rest's share (Mesh-TF); "
-        "excluded: padding does not count",
-    )
-    z_loss_weight: float = _switch_only(0.0, "weight of the router z-loss (ST-MoE; 0: off)", ge=0)
-    expert_dropout: float | None = _switch_only(
-        None, "dropout inside the experts; unset: model.dropout (the paper fine-tunes with 0.4)",
-        ge=0, lt=1,
+    Unless `optim.train_only` or `optim.freeze` say otherwise, they alone are trained.
+    """
+
+    rank: int = Field(default=0, ge=0, description="rank of the adapters; 0: none")
+    alpha: float = Field(
+        default=16.0, gt=0, description="their scale is alpha / rank",
+        json_schema_extra=only_if("model.lora.rank"),
     )  # fmt: skip
+    targets: list[str] = Field(
+        default_factory=lambda: ["*attention.*"],
+        description="patterns of the linear maps that get one, such as *attention.q, *.experts.*",
+        json_schema_extra=only_if("model.lora.rank"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -110,20 +64,25 @@ class ModelConfig:
         default=0.1, gt=0, description="s in σ = √(s / fan-in) of FFNs, experts, router, head"
     )
     moe: MoEConfig = Field(default_factory=MoEConfig)
+    lora: LoRAConfig = Field(default_factory=LoRAConfig)
 
     def is_sparse(self, stack: Literal["encoder", "decoder"], index: int) -> bool:
-        """True if layer `index` (from 0) of `stack` is a Switch layer (Flaxformer's placement)."""
+        """True if layer `index` (from 0) of `stack` has experts (Flaxformer's placement)."""
         step = self.moe.encoder_sparse_step if stack == "encoder" else self.moe.decoder_sparse_step
         return self.moe.num_experts > 0 and step > 0 and index % step == step - 1
 
+    def sparse_parts(self, stack: Literal["encoder", "decoder"], index: int) -> tuple[str, ...]:
+        """Parts of a layer that are mixtures of experts: "self_attention", "ffn", both or none."""
+        return self.moe.parts if self.is_sparse(stack, index) else ()
+
     def switch_layers(self) -> list[str]:
-        """Names of the Switch layers, such as `encoder.1.ffn`."""
+        """Names of the mixtures of experts, such as `encoder.1.ffn`, in order."""
         stacks: tuple[Literal["encoder", "decoder"], ...] = ("encoder", "decoder")
         return [
-            f"{stack}.{index}.ffn"
+            f"{stack}.{index}.{part}"
             for stack in stacks
             for index in range(self.num_layers(stack))
-            if self.is_sparse(stack, index)
+            for part in self.sparse_parts(stack, index)
         ]
 
     def num_layers(self, stack: Literal["encoder", "decoder"]) -> int:
@@ -161,6 +120,14 @@ class OptimConfig:
         json_schema_extra=only_if("optim.schedule", "linear", "cosine", "wsd"),
     )
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled; matrices only")
+    train_only: list[str] | None = Field(
+        default=None,
+        description="patterns of the parameters to train, such as decoder.*; unset: all, or with "
+        "model.lora.rank the adapters",
+    )
+    freeze: list[str] | None = Field(
+        default=None, description="patterns of parameters that keep their values"
+    )
     clip_grad_norm: float | None = Field(default=None, gt=0, description="global norm; unset: off")
     beta1: float = Field(
         description="decay of the first moment",
@@ -229,6 +196,9 @@ class TrainConfig:
     """The loop. Batch sizes count sequences."""
 
     run_dir: str = Field(default="runs/run", description="metrics, config and checkpoints")
+    init_from: str | None = Field(
+        default=None, description="checkpoint or run to take the first weights from; unset: random"
+    )
     steps: int = Field(default=1000, gt=0, description="optimizer steps in all")
     seed: int = Field(default=0, ge=0, description="of weights, data order and noise")
     batch_size: int = Field(default=64, gt=0, description="sequences per optimizer step, all ranks")
@@ -245,7 +215,8 @@ class TrainConfig:
         json_schema_extra=only_if("train.rampup_batch_size"),
     )  # fmt: skip
     precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="bf16: autocast over fp32 weights; the router stays fp32"
+        default="fp32",
+        description="bf16: autocast over fp32 weights; routers follow model.moe.router_precision",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: CUDA where there is one"
@@ -262,8 +233,13 @@ class TrainConfig:
     valid_samples: int = Field(
         default=256,
         gt=0,
-        description="held-out sequences per validation",
+        description="held-out sequences, and examples of each task, per validation",
         json_schema_extra=only_if("data.valid"),
+    )
+    valid_metrics: bool = Field(
+        default=True,
+        description="score the held-out examples of tasks by their metrics, not the loss alone",
+        json_schema_extra=all_of(only_if("data.valid"), only_if("data.tasks")),
     )
 
 
@@ -329,6 +305,12 @@ class CheckpointConfig:
 
     interval: int | None = Field(default=None, gt=0, description="steps between; unset: end only")
     keep: int = Field(default=2, gt=0, description="newest checkpoints kept")
+    keep_best: bool = Field(
+        default=False,
+        description="also keep checkpoints/best, of the highest score of the tasks or, without "
+        "tasks, of the lowest validation loss",
+        json_schema_extra=only_if("data.valid"),
+    )
     background: bool = Field(
         default=True, description="train on while a copy of the state is being written"
     )
@@ -344,3 +326,4 @@ class RunConfig:
     train: TrainConfig = Field(default_factory=TrainConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    distill: DistillConfig = Field(default_factory=DistillConfig)

@@ -21,6 +21,12 @@ class MixtureConfig:
         description="shares of the sources by name; unset: by size",
         json_schema_extra=_MIXTURE,
     )
+    size: Literal["samples", "tokens"] | None = Field(
+        default=None,
+        description="what a source's size is counted in; tokens: the paper's fine-tuning; unset: "
+        "samples",
+        json_schema_extra=_MIXTURE,
+    )
     exponent: float | None = Field(
         default=None,
         ge=0,
@@ -53,6 +59,12 @@ class DataConfig:
     )
     valid: str | dict[str, str] | None = Field(
         default=None, description="held-out tokens; a table names several"
+    )
+    tasks: dict[str, str] | None = Field(
+        default=None,
+        description="sources that are task files (JSON lines, TSV, CSV), each with its task: a "
+        "name of `megaswitch finetune --tasks`, or a TOML file",
+        json_schema_extra=only_if("data.objective", "text-to-text"),
     )
     mixture: MixtureConfig = Field(default_factory=MixtureConfig)
     tokenizer: str | None = Field(

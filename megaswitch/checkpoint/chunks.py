@@ -11,9 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -22,12 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
+from megaswitch.checkpoint.safetensors_file import DTYPES
+from megaswitch.storage import writing
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PIECE_BYTES = 16 << 20  # summed and written at a time
 
 # Name, shape and offsets of a chunk, its sizes and its bytes: what other ranks need to know.
@@ -76,14 +73,25 @@ def shares(held: Sequence[Sequence[Place]]) -> list[set[str]]:
         for place in places:
             if math.prod(place[3]):
                 holders[place].append(rank)
+    writes = share_out(holders, len(held))
+    return [{place[0] for place in mine} for mine in writes]
+
+
+def share_out(holders: Mapping[Place, Sequence[int]], ranks: int) -> list[list[Place]]:
+    """Give each part, none of them empty, to one of the ranks that hold it, evenly by bytes."""
     _check_cover(holders)
-    load = [0] * len(held)
-    writes: list[set[str]] = [set() for _ in held]
+    load = [0] * ranks
+    writes: list[list[Place]] = [[] for _ in range(ranks)]
     for place in sorted(holders, key=lambda place: (-place[4], place)):
         rank = min(holders[place], key=lambda rank: load[rank])
         load[rank] += place[4]
-        writes[rank].add(place[0])
+        writes[rank].append(place)
     return writes
+
+
+def shard_name(rank: int, ranks: int) -> str:
+    """The file of a rank."""
+    return f"shard-{rank + 1:05d}-of-{ranks:05d}.safetensors"
 
 
 def _check_cover(places: Iterable[Place]) -> None:
@@ -114,45 +122,60 @@ def write_chunks(path: Path, chunks: Sequence[Chunk]) -> dict[str, Any]:
     """
     # Wide types first, so that every tensor is aligned to its type.
     chunks = sorted(chunks, key=lambda c: (-c.tensor.element_size(), c.name))
-    head = _header(chunks)
+    return write_streamed(path, chunks, (as_bytes(chunk.tensor) for chunk in chunks))
+
+
+def write_streamed(
+    path: Path, chunks: Sequence[Chunk], values: Iterable[memoryview], *, placed: bool = True
+) -> dict[str, Any]:
+    """Write a safetensors file whose values come as they are written.
+
+    Args:
+        path: of the file, which may lie in an object store.
+        chunks: at most one of each tensor, in order; their tensors may be on the meta device.
+        values: all bytes of the chunks in order, in pieces of any length.
+        placed: whether the file says where chunks belong, as our checkpoints do.
+
+    Returns:
+        the file's length in bytes and its SHA-256.
+    """
     digest, length = hashlib.sha256(), 0
-    with path.open("wb") as file:
-        start = memoryview(len(head).to_bytes(8, "little") + head)
-        for data in chain([start], (_bytes(chunk.tensor) for chunk in chunks)):
+    with writing(path) as file:
+        start = memoryview(file_head(chunks, placed=placed))
+        for data in chain([start], values):
             for at in range(0, len(data), _PIECE_BYTES):
                 piece = data[at : at + _PIECE_BYTES]
                 # Both let other threads run meanwhile.
                 digest.update(piece)
                 file.write(piece)
             length += len(data)
-        file.flush()
-        os.fsync(file.fileno())
     return {"bytes": length, "sha256": digest.hexdigest()}
 
 
-def _header(chunks: Sequence[Chunk]) -> bytes:
-    """The JSON that a safetensors file begins with, padded to a multiple of 8 bytes."""
-    places = {chunk.name: {"saved_offsets": chunk.offsets} for chunk in chunks}
-    head: dict[str, Any] = {
-        "__metadata__": {
-            "DCP_SHARDING_INFO": json.dumps(places),
-            "DCP_VERSION": "1.0",
-            "format": "pt",
-        }
-    }
+def file_head(chunks: Sequence[Chunk], *, placed: bool = True) -> bytes:
+    """What a safetensors file of the chunks, in this order, begins with; their values follow.
+
+    It is JSON, padded to a multiple of 8 bytes, after its length.
+    """
+    metadata = {"format": "pt"}
+    if placed:
+        places = {chunk.name: {"saved_offsets": chunk.offsets} for chunk in chunks}
+        metadata |= {"DCP_SHARDING_INFO": json.dumps(places), "DCP_VERSION": "1.0"}
+    head: dict[str, Any] = {"__metadata__": metadata}
     start = 0
     for chunk in chunks:
         end = start + chunk.tensor.nbytes
         head[chunk.name] = {
-            "dtype": _DTYPES[chunk.tensor.dtype],
+            "dtype": _NAMES[chunk.tensor.dtype],
             "shape": list(chunk.tensor.shape),
             "data_offsets": [start, end],
         }
         start = end
     text = json.dumps(head, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def as_bytes(tensor: Tensor) -> memoryview:
     """The values as bytes; shares the memory of a contiguous tensor on the CPU."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

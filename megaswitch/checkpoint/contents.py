@@ -18,9 +18,10 @@ from megaswitch.checkpoint.chunks import Chunk
 from megaswitch.log import UserError
 from megaswitch.parallel.weights import Weight
 
-_STATE = "optimizer.state."
+MODEL = "model."
+STATE = "optimizer.state."
 # The states of a parameter that each optimizer may keep.
-_KEYS: dict[str, list[set[str]]] = {
+KEYS: dict[str, list[set[str]]] = {
     "AdamW": [{"step", "exp_avg", "exp_avg_sq"}],
     "Adafactor": [{"step", "moment"}, {"step", "row", "column"}],
 }
@@ -31,9 +32,9 @@ _WITHOUT = {"row": -1, "column": -2}
 def model_chunks(model: nn.Module | Mapping[str, Weight]) -> list[Chunk]:
     """The parameters of a whole model, or a rank's part of them."""
     if isinstance(model, nn.Module):
-        return [Chunk.whole(f"model.{n}", p.detach()) for n, p in model.named_parameters()]
+        return [Chunk.whole(f"{MODEL}{n}", p.detach()) for n, p in model.named_parameters()]
     return [
-        Chunk(f"model.{w.name}", w.block.shape, w.block.offsets, w.local.detach())
+        Chunk(f"{MODEL}{w.name}", w.block.shape, w.block.offsets, w.local.detach())
         for w in model.values()
     ]
 
@@ -51,17 +52,17 @@ def optimizer_chunks(
 
 
 def _state_chunk(weight: Weight, key: str, state: Tensor) -> Chunk:
-    shape, offsets, _ = _state_block(weight, key)
-    return Chunk(f"{_STATE}{weight.name}.{key}", shape, offsets, state)
-
-
-def _state_block(weight: Weight, key: str) -> tuple[tuple[int, ...], ...]:
-    """Global shape, offsets and local sizes of a state."""
     block = weight.block
-    dims = [] if key == "step" else list(range(len(block.shape)))
+    shape, offsets = (state_dims(key, v) for v in (block.shape, block.offsets))
+    return Chunk(f"{STATE}{weight.name}.{key}", shape, offsets, state)
+
+
+def state_dims(key: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Of something said per dimension of a parameter, what concerns its state `key`."""
+    dims = [] if key == "step" else list(range(len(sizes)))
     if key in _WITHOUT:
         del dims[_WITHOUT[key]]
-    return tuple(tuple(v[d] for d in dims) for v in (block.shape, block.offsets, block.sizes))
+    return tuple(sizes[d] for d in dims)
 
 
 def _empty_state(weight: Weight, key: str, group: dict[str, Any]) -> Tensor:
@@ -72,7 +73,7 @@ def _empty_state(weight: Weight, key: str, group: dict[str, Any]) -> Tensor:
         return torch.zeros((), dtype=torch.float32, device=local.device if on_device else "cpu")
     wide = key in ("row", "column", "moment")  # Adafactor's are never narrower than float32
     dtype = torch.promote_types(local.dtype, torch.float32) if wide else local.dtype
-    return torch.zeros(_state_block(weight, key)[2], dtype=dtype, device=local.device)
+    return torch.zeros(state_dims(key, weight.block.sizes), dtype=dtype, device=local.device)
 
 
 def make_states(
@@ -96,7 +97,7 @@ def make_states(
         UserError: a parameter has none there, or those of another optimizer.
     """
     kind = type(optimizer).__name__
-    found = _stored_keys(stored)
+    found = stored_keys(stored)
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     optimizer.state.clear()
     chunks = []
@@ -104,8 +105,8 @@ def make_states(
         if weight.local not in groups:
             continue
         keys = found.get(weight.name, [])
-        if set(keys) not in _KEYS[kind]:
-            wanted = " or ".join(", ".join(sorted(known)) for known in _KEYS[kind])
+        if set(keys) not in KEYS[kind]:
+            wanted = " or ".join(", ".join(sorted(known)) for known in KEYS[kind])
             raise UserError(
                 f"checkpoint {path} keeps {', '.join(keys) or 'nothing'} of optimizer state for "
                 f"{weight.name}, and {kind} needs {wanted}; train on with the optimizer and the "
@@ -118,11 +119,11 @@ def make_states(
     return chunks
 
 
-def _stored_keys(names: Iterable[str]) -> dict[str, list[str]]:
+def stored_keys(names: Iterable[str]) -> dict[str, list[str]]:
     """Keys of the stored optimizer states by parameter."""
     keys: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        if name.startswith(_STATE):
-            parameter, _, key = name.removeprefix(_STATE).rpartition(".")
+        if name.startswith(STATE):
+            parameter, _, key = name.removeprefix(STATE).rpartition(".")
             keys[parameter].append(key)
     return keys

@@ -7,9 +7,8 @@ write into a folder of another name, which rank 0 renames once every file is on 
 no half checkpoint.
 
 In the background, a save costs training one copy of what the rank writes. A thread does the rest:
-it writes and sums outside the interpreter's lock, so that it takes a part of one core and the disk
-from training, and talks to other ranks through a gloo group of its own, so that its messages never
-mix with those of training.
+it writes and sums outside the interpreter's lock, taking part of one core and the disk from
+training, and talks to other ranks through a gloo group of its own, apart from training's.
 """
 
 from __future__ import annotations
@@ -28,8 +27,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megaswitch.checkpoint.chunks import Chunk, Place, shares, write_chunks
+from megaswitch.checkpoint.chunks import Chunk, Place, shard_name, shares, write_chunks
 from megaswitch.checkpoint.contents import make_states, model_chunks, optimizer_chunks
+from megaswitch.checkpoint.integrity import damaged_checkpoint, misfits, once
 from megaswitch.checkpoint.staging import Staged, Staging
 from megaswitch.checkpoint.tensor_files import read_chunks, read_headers
 from megaswitch.config import RunConfig, from_toml, to_toml
@@ -41,6 +41,7 @@ from megaswitch.parallel.weights import Weight
 FORMAT = 1
 _PREFIX = "step_"
 _UNFINISHED = ".unfinished"
+BEST = "best"  # a link to the best checkpoint, beside it
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,15 @@ class TrainState:
         step: optimizer steps done.
         samples: training sequences consumed; the position in the data.
         fingerprint: of the training data and its order; a resume on other data is refused.
-        mixture: of several sources, since when each proportion holds: [first sample, quota of each
-            source in a block, ...].
+        mixture: of sources, since when each holds: [first sample, quota of each in a block, ...].
+        teacher: of a distilled run: fingerprint of what it learns from.
     """
 
     step: int
     samples: int
     fingerprint: str
     mixture: list[list[int]] = field(default_factory=list)
+    teacher: str = ""
 
 
 class CheckpointManager:
@@ -107,8 +109,10 @@ class CheckpointManager:
         state: TrainState,
         weights: Mapping[str, Weight],
         optimizer: torch.optim.Optimizer,
+        *,
+        best: bool = False,
     ) -> Path:
-        """Write a checkpoint of the state as it is now.
+        """Write a checkpoint of the state as it is now; `best` keeps it until a better one comes.
 
         It is on disk under its final name when this returns or, in the background, when `wait`
         does. A save that is still under way is waited for first.
@@ -122,9 +126,11 @@ class CheckpointManager:
         mine = self._share(model_chunks(weights) + optimizer_chunks(weights, optimizer))
         if self._thread:
             staged = self._staging.copy(mine)
-            self._under_way = self._thread.submit(self._complete, final, config, state, staged)
+            self._under_way = self._thread.submit(
+                self._complete, final, config, state, staged, best
+            )
         else:
-            self._complete(final, config, state, Staged(mine))
+            self._complete(final, config, state, Staged(mine), best)
         return final
 
     def wait(self) -> None:
@@ -151,7 +157,7 @@ class CheckpointManager:
             verify(path, sorted(metadata["files"])[self.mesh.rank :: self.mesh.size])
         state = TrainState(**metadata["state"])
         with self.mesh.together():
-            stored = read_headers(_tensor_files(path))
+            stored = read_headers(tensor_files(path))
             read_chunks(path, stored, model_chunks(weights))
             if state.step:  # before the first step there is nothing to remember
                 states = make_states(weights, optimizer, path, stored)
@@ -167,7 +173,9 @@ class CheckpointManager:
             self._places = places
         return [chunk for chunk in chunks if chunk.name in self._mine]
 
-    def _complete(self, final: Path, config: RunConfig, state: TrainState, staged: Staged) -> None:
+    def _complete(
+        self, final: Path, config: RunConfig, state: TrainState, staged: Staged, best: bool
+    ) -> None:
         """Write a checkpoint, all ranks together."""
         aside = final.with_name(final.name + _UNFINISHED)
         with self._together(aside):
@@ -180,8 +188,12 @@ class CheckpointManager:
         with self._together(aside):
             self._finish(aside, final, config, state, sums)
         if self.mesh.rank == 0:
+            if best:
+                _point_to(final, self.folder / BEST)
+            kept = (self.folder / BEST).resolve()
             for old in checkpoints(self.folder)[: -self.keep]:
-                _discard(old)
+                if old.resolve() != kept:
+                    _discard(old)
 
     @contextmanager
     def _together(self, aside: Path) -> Iterator[None]:
@@ -214,7 +226,7 @@ class CheckpointManager:
         """This rank's file; returns its size and SHA-256 by its name."""
         if not chunks:
             return {}
-        name = f"shard-{self.mesh.rank + 1:05d}-of-{self.mesh.size:05d}.safetensors"
+        name = shard_name(self.mesh.rank, self.mesh.size)
         return {name: write_chunks(aside / name, chunks)}
 
     def _finish(
@@ -232,13 +244,22 @@ class CheckpointManager:
             sync(aside / "tokenizer.model")
         write_durably(aside / "config.toml", to_toml(config))
         files = sums | _sums(p for p in aside.iterdir() if p.name not in sums)
-        content = {"format": FORMAT, "state": asdict(state), "files": files}
-        write_durably(aside / "state.json", json.dumps(content, indent=1))
+        write_durably(aside / "state.json", state_json(state, files))
         sync(aside)
         if final.exists():  # the same step, saved before a resume from an older one
             _discard(final)
         aside.rename(final)
         sync(self.folder)
+
+
+def state_json(state: TrainState, files: dict[str, dict[str, Any]]) -> str:
+    """The content of `state.json`, which `read_state` reads.
+
+    Args:
+        state: of the run.
+        files: size and SHA-256 of every other file of the checkpoint, as `write_chunks` returns.
+    """
+    return json.dumps({"format": FORMAT, "state": asdict(state), "files": files}, indent=1)
 
 
 def _sums(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
@@ -258,6 +279,14 @@ def _discard(path: Path) -> None:
         shutil.rmtree(aside)
     except OSError as error:
         warn(f"old checkpoint {path} could not be removed: {error}")
+
+
+def _point_to(checkpoint: Path, link: Path) -> None:
+    """Make `link` lead to a checkpoint beside it; at no instant does it lead nowhere."""
+    aside = link.with_name(f"{link.name}.new")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(checkpoint.name)
+    aside.replace(link)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -290,12 +319,14 @@ def read_state(path: Path) -> dict[str, Any]:
         UserError: it is missing, damaged, or of another format.
     """
     try:
-        content = json.loads((path / "state.json").read_text())
+        content = json.loads((path / "state.json").read_text(), object_pairs_hook=once)
         known = content["format"] == FORMAT
         if known:  # another format may hold anything else
             values = [(e["bytes"], e["sha256"]) for e in content["files"].values()]
+            if any(Path(name).name != name for name in content["files"]):
+                raise ValueError("a file of it is said to lie elsewhere")
             state = TrainState(**content["state"])
-            values += [(state.step, state.fingerprint), (state.samples, state.fingerprint)]
+            values += [(state.step, state.fingerprint), (state.samples, state.teacher)]
             values += [(number, "") for segment in state.mixture for number in segment]
             if any((type(number), type(text)) != (int, str) for number, text in values):
                 raise ValueError("a number or a text is none")
@@ -330,22 +361,13 @@ def verify(path: Path, names: list[str] | None = None) -> None:
         UserError: naming the files that differ.
     """
     files = read_state(path)["files"]
-    # The reader takes every tensor file that it finds, so one that is not listed is not harmless.
-    unlisted = {p.name for p in path.glob("*.safetensors")} - set(files)
-    damaged = [f"{name} is not part of it" for name in sorted(unlisted)]
+    damaged = misfits(path, files, None if names is None else set(names))
+    told = {text.partition(" ")[0] for text in damaged}
     for name in files if names is None else names:
-        file = path / Path(name).name  # a recorded name never leads out of the folder
-        if not file.is_file():
-            damaged.append(f"{name} is missing")
-        elif file.stat().st_size != files[name]["bytes"]:
-            damaged.append(f"{name} has {file.stat().st_size} of {files[name]['bytes']} bytes")
-        elif sha256(file) != files[name]["sha256"]:
+        if name not in told and sha256(path / name) != files[name]["sha256"]:
             damaged.append(f"{name} does not match its checksum")
     if damaged:
-        raise UserError(
-            f"checkpoint {path} is damaged: {'; '.join(damaged)}. Remove it to resume from the one "
-            "before"
-        )
+        raise damaged_checkpoint(path, damaged)
 
 
 def load_model_tensors(
@@ -364,8 +386,9 @@ def load_model_tensors(
     group = dist.group.WORLD if distributed else None
     rank, size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     with Mesh(rank, size, torch.device("cpu"), group).together():
-        read_chunks(path, read_headers(_tensor_files(path)), model_chunks(model))
+        read_chunks(path, read_headers(tensor_files(path)), model_chunks(model))
 
 
-def _tensor_files(path: Path) -> list[Path]:
+def tensor_files(path: Path) -> list[Path]:
+    """The files of a checkpoint that hold tensors."""
     return sorted(path.glob("*.safetensors"))

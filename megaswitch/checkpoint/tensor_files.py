@@ -11,33 +11,41 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from itertools import combinations, pairwise, starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaswitch.checkpoint.chunks import Chunk
+from megaswitch.checkpoint.safetensors_file import DTYPES, ITEM_BYTES, SafetensorsFile
 from megaswitch.log import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _PART_BYTES = 1 << 24  # read at a time
-_BYTES = {
-    **dict.fromkeys(("F64", "I64", "U64"), 8),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 1),
-}
 
 
 @dataclass(frozen=True)
 class Part:
-    """Where a piece of a tensor lies: its file, and the offset of its first element."""
+    """Where a piece of a tensor lies.
+
+    Attributes:
+        file: that holds it.
+        offsets: of its first element in the tensor.
+        shape: of the piece.
+        at: first byte in the file of the array that it is, or that it is a part of.
+        stored: shape of that array; None: the piece's own.
+        inner: offsets of the piece in that array.
+    """
 
     file: Path
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
+    at: int
+    stored: tuple[int, ...] | None = None
+    inner: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -64,7 +72,7 @@ class StoredTensor:
     @property
     def bytes(self) -> int:
         """On disk."""
-        return self.count * _BYTES[self.dtype]
+        return self.count * ITEM_BYTES[self.dtype]
 
     def read(self) -> Iterator[tuple[int, Tensor]]:
         """The values in pieces of bounded size.
@@ -76,24 +84,26 @@ class StoredTensor:
             with opened(part.file) as file:
                 piece = file.get_slice(self.name)
                 first = part.offsets[0] if part.offsets else 0
-                for index in _windows(part.shape, _BYTES[self.dtype]):
+                for index in windows(part.shape, ITEM_BYTES[self.dtype], _PART_BYTES):
                     start = index[0].start if index else 0
                     yield first + start, piece[index] if index else file.get_tensor(self.name)
 
 
-def _windows(shape: Sequence[int], item_bytes: int) -> Iterator[tuple[slice, ...]]:
-    """Slices over the leading axes that cover `shape` in windows of at most `_PART_BYTES`."""
+def windows(
+    shape: Sequence[int], item_bytes: int, most: int = _PART_BYTES
+) -> Iterator[tuple[slice, ...]]:
+    """Slices over the leading axes that cover `shape`, in order, in windows of at most `most`."""
     if not shape:
         yield ()
         return
     row = math.prod(shape[1:]) * item_bytes
-    if row <= _PART_BYTES or len(shape) == 1:
-        rows = max(1, _PART_BYTES // max(row, 1))
+    if row <= most or len(shape) == 1:
+        rows = max(1, most // max(row, 1))
         for start in range(0, shape[0], rows):
             yield (slice(start, min(start + rows, shape[0])),)
         return
     for index in range(shape[0]):
-        for rest in _windows(shape[1:], item_bytes):
+        for rest in windows(shape[1:], item_bytes, most):
             yield (slice(index, index + 1), *rest)
 
 
@@ -124,17 +134,12 @@ def read_headers(files: Sequence[Path]) -> dict[str, StoredTensor]:
     """
     tensors: dict[str, StoredTensor] = {}
     for path in files:
-        with opened(path) as file:
-            offsets = _offsets(path, file.metadata())
-            for name in file.keys():  # noqa: SIM118  (a file is no mapping)
-                entry = file.get_slice(name)
-                shape, dtype = tuple(entry.get_shape()), entry.get_dtype()
-                if dtype not in _BYTES:
-                    raise UserError(
-                        f"{path} has a tensor {name} of type {dtype}, which this version does not "
-                        "read; use the release that wrote it"
-                    )
-                part = Part(path, offsets.get(name, (0,) * len(shape)), shape)
+        with closing(SafetensorsFile(path)) as file:
+            offsets = _offsets(path, file.metadata)
+            for name, entry in file.entries.items():
+                shape, dtype = entry.shape, entry.dtype
+                at = file.first_byte(name)
+                part = Part(path, offsets.get(name, (0,) * len(shape)), shape, at)
                 tensor = tensors.setdefault(name, StoredTensor(name, shape, dtype))
                 tensor.parts.append(part)
                 if len(part.offsets) != len(shape) or len(shape) != len(tensor.shape):
@@ -145,9 +150,29 @@ def read_headers(files: Sequence[Path]) -> dict[str, StoredTensor]:
                     raise _not_whole(name, path)
     for tensor in tensors.values():
         held = sum(math.prod(part.shape) for part in tensor.parts)
-        if held != tensor.count or len({part.offsets for part in tensor.parts}) < len(tensor.parts):
+        if held != tensor.count or not _apart([p for p in tensor.parts if math.prod(p.shape)]):
             raise _not_whole(tensor.name, tensor.parts[0].file.parent)
     return tensors
+
+
+def _apart(parts: Sequence[Part], dim: int = 0) -> bool:
+    """Whether no two parts, alike in the dimensions before `dim`, have an element in common."""
+    if len(parts) < 2:
+        return True
+    if dim == len(parts[0].shape):
+        return False
+    # Layouts cut tensors along grids: parts that overlap here have the same extent here.
+    alike: dict[tuple[int, int], list[Part]] = defaultdict(list)
+    for part in parts:
+        alike[part.offsets[dim], part.offsets[dim] + part.shape[dim]].append(part)
+    extents = sorted(alike)
+    if all(before[1] <= after[0] for before, after in pairwise(extents)):
+        return all(_apart(group, dim + 1) for group in alike.values())
+    return not any(starmap(_overlap, combinations(parts, 2)))
+
+
+def _overlap(one: Part, other: Part) -> bool:
+    return common(one.offsets, one.shape, other.offsets, other.shape) is not None
 
 
 def _offsets(path: Path, metadata: dict[str, str] | None) -> dict[str, tuple[int, ...]]:
@@ -157,7 +182,7 @@ def _offsets(path: Path, metadata: dict[str, str] | None) -> dict[str, tuple[int
         offsets = {name: tuple(entry["saved_offsets"]) for name, entry in content.items()}
         if any(type(at) is not int or at < 0 for part in offsets.values() for at in part):
             raise ValueError("an offset is no natural number")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} does not say where its tensors belong ({error!r}); it is damaged: use another "
             "checkpoint"
@@ -185,29 +210,48 @@ def read_chunks(path: Path, stored: Mapping[str, StoredTensor], chunks: Sequence
                 f"checkpoint {path} is of another model: {chunk.name} must have shape "
                 f"{list(chunk.shape)} and {has}; build the model from the checkpoint's config.toml"
             )
+        if tensor.dtype not in DTYPES:
+            raise UserError(
+                f"checkpoint {path} has {chunk.name} as {tensor.dtype}, and its tensors are "
+                f"one of {', '.join(DTYPES)}; it is damaged: use another one"
+            )
         for part in tensor.parts:
-            wanted[part.file].append((part, chunk))
+            if common(part.offsets, part.shape, chunk.offsets, chunk.tensor.shape) is not None:
+                wanted[part.file].append((part, chunk))
     for file, pairs in wanted.items():
         with opened(file) as content:
             for part, chunk in pairs:
                 _copy_overlap(content, part, chunk)
 
 
+def common(
+    offsets: Sequence[int], sizes: Sequence[int], others: Sequence[int], extents: Sequence[int]
+) -> list[tuple[int, int]] | None:
+    """Start and end, per dimension of a tensor, of what two regions of it have in common.
+
+    Args:
+        offsets: of the one.
+        sizes: of the one.
+        others: offsets of the other.
+        extents: sizes of the other.
+    """
+    overlap = [
+        (max(here, there), min(here + have, there + want))
+        for here, have, there, want in zip(offsets, sizes, others, extents, strict=True)
+    ]
+    return overlap if all(start < end for start, end in overlap) else None
+
+
 def _copy_overlap(content: Any, part: Part, chunk: Chunk) -> None:
     """Copy what a file's part and `chunk` have in common."""
+    overlap = common(part.offsets, part.shape, chunk.offsets, chunk.tensor.shape)
+    assert overlap is not None
     if not chunk.shape:
         chunk.tensor.copy_(content.get_tensor(chunk.name))
         return
-    source, target = [], []
-    for here, have, there, want in zip(
-        part.offsets, part.shape, chunk.offsets, chunk.tensor.shape, strict=True
-    ):
-        start, end = max(here, there), min(here + have, there + want)
-        if start >= end:
-            return
-        source.append(slice(start - here, end - here))
-        target.append(slice(start - there, end - there))
-    chunk.tensor[tuple(target)].copy_(content.get_slice(chunk.name)[tuple(source)])
+    source = tuple(slice(a - o, b - o) for (a, b), o in zip(overlap, part.offsets, strict=True))
+    target = tuple(slice(a - o, b - o) for (a, b), o in zip(overlap, chunk.offsets, strict=True))
+    chunk.tensor[target].copy_(content.get_slice(chunk.name)[source])
 
 
 def _not_whole(name: str, where: Path) -> UserError:

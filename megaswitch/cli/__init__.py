@@ -10,13 +10,21 @@ import click
 from megaswitch import __version__
 from megaswitch.cli.common import explain
 from megaswitch.cli.completion import completion
+from megaswitch.cli.convert import convert
 from megaswitch.cli.data import data
+from megaswitch.cli.distill import distill
 from megaswitch.cli.doctor import doctor
 from megaswitch.cli.evaluate import evaluate
+from megaswitch.cli.finetune import finetune
 from megaswitch.cli.generate import generate
 from megaswitch.cli.inspect import inspect_command
+from megaswitch.cli.merge import merge
+from megaswitch.cli.plan import plan
 from megaswitch.cli.preprocess import preprocess
 from megaswitch.cli.presets import presets
+from megaswitch.cli.reshard import reshard
+from megaswitch.cli.simulate import simulate
+from megaswitch.cli.study import study
 from megaswitch.cli.tokenizer import tokenizer
 from megaswitch.cli.train import train
 from megaswitch.log import UserError, is_rank_zero
@@ -28,7 +36,9 @@ def cli() -> None:
     """Train Switch Transformers, from a laptop to trillion-parameter clusters."""
 
 
-for command in (presets, tokenizer, preprocess, data, train, evaluate, generate):
+for command in (presets, tokenizer, preprocess, data, train, finetune, distill, merge):
+    cli.add_command(command)
+for command in (evaluate, generate, study, plan, simulate, convert, reshard):
     cli.add_command(command)
 for command in (inspect_command, doctor, completion):
     cli.add_command(command)

@@ -26,7 +26,13 @@ from megaswitch.cli.common import echo
 _PROGRAM, _VARIABLE = "megaswitch", "_MEGASWITCH_COMPLETE"
 _KEY = "key"  # a candidate that ends in "=": no space may follow it
 # Keys that name files, with what their files end in: a prefix is completed without it.
-_FILES = {"data.train": ".idx", "data.valid": ".idx", "data.tokenizer": None, "train.run_dir": "/"}
+_FILES = {
+    "data.train": ".idx",
+    "data.valid": ".idx",
+    "data.tokenizer": None,
+    "train.run_dir": "/",
+    "train.init_from": "/",
+}
 
 
 @click.command()

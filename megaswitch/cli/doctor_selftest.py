@@ -86,8 +86,8 @@ def train_one_step() -> None:
 
     from megaswitch.config import load_config
     from megaswitch.data.indexed import IndexedWriter, TokenizerInfo
+    from megaswitch.metrics_file import read_metrics
     from megaswitch.parallel.mesh import Mesh
-    from megaswitch.train.metrics import read_metrics
     from megaswitch.train.trainer import Trainer
 
     torch.set_num_threads(1)

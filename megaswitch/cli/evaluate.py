@@ -26,7 +26,10 @@ _NAME_LENGTH = 40
 
 @click.command()
 @click.argument("checkpoint", type=PATH)
-@click.argument("data", nargs=-1, required=True)
+@click.argument("data", nargs=-1)
+@click.option("--task", "tasks", multiple=True, metavar="NAME=FILES",
+              help="Score answers to examples of a public task, or TASK.toml=FILES.")  # fmt: skip
+@click.option("--output", type=PATH, help="Folder for predictions on tasks, NAME.jsonl each.")
 @click.option("--by", metavar="FIELD", help="Split JSON lines by this field, one row per value.")
 @click.option("--samples", type=click.IntRange(min=1), show_default="all",
               help="The first so many of each source; text is tokenized whole.")  # fmt: skip
@@ -51,7 +54,13 @@ _NAME_LENGTH = 40
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable figures.")
 @click.option("--plot", type=PATH, metavar="FILE", help="Draw losses and expert loads (.png, …).")
 def evaluate(
-    data: tuple[str, ...], device: str, as_json: bool, plot: Path | None, **request: Any
+    data: tuple[str, ...],
+    tasks: tuple[str, ...],
+    output: Path | None,
+    device: str,
+    as_json: bool,
+    plot: Path | None,
+    **request: Any,
 ) -> None:
     """Measure a checkpoint on held-out text: loss, accuracy and the health of its router.
 
@@ -62,6 +71,9 @@ def evaluate(
     corruption, capacity and routing groups are those of validation in training, so the figures
     agree with it.
 
+    With --task the model answers instead, by choosing the likeliest label or by writing; the table
+    has the task's metrics, in percent. FILES is a file, or a pattern in quotes.
+
     Several processes share the samples, each with the whole model, or with a part of it as --ep and
     --tp say, whatever the layout of the training. The figures do not depend on it.
 
@@ -70,9 +82,14 @@ def evaluate(
       megaswitch evaluate runs/base-8 data/corpus_valid
       megaswitch evaluate runs/base-8 books=b.txt.gz web=w.jsonl.zst --samples 1000 --plot eval.png
       megaswitch evaluate runs/base-8 all.jsonl.zst --by lang --json > eval.json
+      megaswitch evaluate runs/sst2/checkpoints/best --task sst2=dev.tsv --output answers
       torchrun --nproc-per-node 8 --no-python megaswitch evaluate runs/base-8 data/corpus_valid
       torchrun --nproc-per-node 8 --no-python megaswitch evaluate runs/xxl data/valid --ep 4 --tp 2
     """
+    _check(data, tasks, output, plot, request)
+    if tasks:
+        _evaluate_tasks(tasks, output, device, as_json, request)
+        return
     from megaswitch.parallel.launcher import world_size
     from megaswitch.train.evaluate import Request
     from megaswitch.train.evaluate import evaluate as run
@@ -94,6 +111,55 @@ def evaluate(
             if plot and is_rank_zero():
                 title = f"{evaluation.checkpoint.name} · {evaluation.total.samples:,} samples"
                 plot_evaluation(plot, evaluation.sources, evaluation.total.router, title)
+
+
+_OF_TASKS = ("checkpoint", "samples", "batch_size", "precision", "ep", "tp")
+
+
+def _check(
+    data: tuple[str, ...],
+    tasks: tuple[str, ...],
+    output: Path | None,
+    plot: Path | None,
+    request: dict[str, Any],
+) -> None:
+    """Refuse text and tasks at once, and what says nothing to the one that is given."""
+    if not tasks and not data:
+        raise click.UsageError("give DATA, or --task NAME=FILES")
+    if not tasks and output:
+        raise click.UsageError("--output takes predictions, which only --task makes")
+    if not tasks:
+        return
+    given = [key for key, value in request.items() if key not in _OF_TASKS and value is not None]
+    given += ["plot"] if plot else []
+    if data or given:
+        what = [*data, *(f"--{key.replace('_', '-')}" for key in given)]
+        raise click.UsageError(f"{', '.join(what)}: of text, not of --task; leave out one of them")
+
+
+def _evaluate_tasks(
+    tasks: tuple[str, ...], output: Path | None, device: str, as_json: bool, request: dict[str, Any]
+) -> None:
+    from rich.table import Table
+
+    from megaswitch.parallel.launcher import world_size
+    from megaswitch.train.evaluate_tasks import TaskRequest, evaluate_tasks
+
+    kept = {key: request[key] for key in _OF_TASKS}
+    plan = TaskRequest(tasks=tasks, output=output, **kept).plan(world_size())
+    with joined(device, plan.config.parallel) as (mesh, watchdog):
+        results = evaluate_tasks(plan, mesh, watchdog)
+    if as_json:
+        listed = [
+            {"task": r.name, "examples": r.examples, "figures": dict(r.figures)} for r in results
+        ]
+        echo(json.dumps({"checkpoint": str(plan.checkpoint), "tasks": listed}, indent=2))
+        return
+    table = Table("task", "examples", "figures (%)", "score", box=None)
+    for r in results:
+        figures = ", ".join(f"{k} {v:.2f}" for k, v in r.figures.items() if k != "score")
+        table.add_row(r.name, f"{r.examples:,}", figures, f"{r.figures['score']:.2f}")
+    stdout().print(table)
 
 
 def _as_json(evaluation: Evaluation) -> dict[str, Any]:

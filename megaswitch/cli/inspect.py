@@ -23,6 +23,7 @@ _NAMES = {
 _SERVES = {
     "--verify": ("checkpoint", "run", "data", "pairs"),
     "--stats": ("checkpoint",),
+    "--diff": ("checkpoint",),
     "--tokenizer": ("data", "pairs"),
     "--plot": ("run",),
 }
@@ -40,11 +41,18 @@ _OTHER = {
 @click.argument("path", type=PATH)
 @click.option("--verify", is_flag=True, help="Compare files with their SHA-256 sums.")
 @click.option("--stats", is_flag=True, help="Checkpoint: read all tensors; NaNs, dead experts.")
+@click.option("--diff", type=PATH, help="Checkpoint: compare it with this one, of any layout.")
 @click.option("--tokenizer", type=PATH, help="Data: decode documents and samples with this model.")
 @click.option("--plot", type=PATH, help="Run: draw its curves to this picture, such as loss.png.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable report.")
 def inspect_command(
-    path: Path, verify: bool, stats: bool, tokenizer: Path | None, plot: Path | None, as_json: bool
+    path: Path,
+    verify: bool,
+    stats: bool,
+    diff: Path | None,
+    tokenizer: Path | None,
+    plot: Path | None,
+    as_json: bool,
 ) -> None:
     """Say what a checkpoint, a run, token files or a tokenizer hold.
 
@@ -57,17 +65,27 @@ def inspect_command(
     Examples:
       megaswitch inspect runs/demo --plot loss.png
       megaswitch inspect runs/demo/checkpoints/step_00002000 --stats --verify
+      megaswitch inspect runs/demo/checkpoints/step_00002000 --diff runs/other
       megaswitch inspect data/corpus_train --tokenizer spm.model
     """
     path, kind = find_kind(path)
-    given = {"--verify": verify, "--stats": stats, "--tokenizer": tokenizer, "--plot": plot}
+    given = {"--verify": verify, "--stats": stats, "--diff": diff, "--tokenizer": tokenizer}
+    given["--plot"] = plot
     for option, value in given.items():
         if value and kind not in _SERVES[option]:
             wanted = " or ".join(_NAMES[k] for k in _SERVES[option])
             raise UserError(f"{path} is {_NAMES[kind]}, and {option} is for {wanted}; leave it out")
     from megaswitch.cli.show import print_json
 
-    report, show = _read(path, kind, verify=verify, stats=stats, tokenizer=tokenizer, plot=plot)
+    if diff:
+        if verify or stats:
+            raise UserError("--diff reads two checkpoints; use --verify and --stats on one of them")
+        from megaswitch.cli.inspect_diff import diff_report, print_diff
+
+        report: dict[str, Any] = diff_report(path, diff)
+        show: Callable[[dict[str, Any]], None] = print_diff
+    else:
+        report, show = _read(path, kind, verify=verify, stats=stats, tokenizer=tokenizer, plot=plot)
     if as_json:
         print_json(report)
     else:
@@ -107,7 +125,7 @@ def _read_run(
 ) -> tuple[dict[str, Any], Callable[[dict[str, Any]], None]]:
     from megaswitch.cli.inspect_run import print_run, run_report
     from megaswitch.cli.plot_run import plot_run
-    from megaswitch.train.metrics import read_metrics
+    from megaswitch.metrics_file import read_metrics
     from megaswitch.train.plots import check_plot
 
     if plot and is_rank_zero():
@@ -150,6 +168,11 @@ def _kind_of_folder(path: Path) -> tuple[Path, Kind]:
         raise UserError(
             f"{path} is a checkpoint that was never finished: the run stopped while writing it. "
             "Nothing reads it and the next save removes it; inspect another checkpoint"
+        )
+    if path.name.endswith(".resharding"):
+        raise UserError(
+            f"{path} is a resharding that was never finished; the same `megaswitch reshard` "
+            "command goes on with it"
         )
     if (path / "state.json").exists():
         return path, "checkpoint"

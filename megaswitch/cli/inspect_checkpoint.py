@@ -10,6 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
+from megaswitch.checkpoint.contents import MODEL, STATE
+from megaswitch.checkpoint.integrity import check_sizes
 from megaswitch.checkpoint.manager import FORMAT, read_config, read_state, verify
 from megaswitch.checkpoint.tensor_files import StoredTensor, read_headers
 from megaswitch.cli.changes import changes
@@ -23,8 +25,6 @@ from megaswitch.model.count import count, meta_model
 from megaswitch.model.switch_transformer import SwitchTransformer
 from megaswitch.parallel.shard import spec_of
 
-_MODEL = "model."
-_STATE = "optimizer.state."
 # The optimizer's state of a stack of experts that follows the mean square of their gradients.
 _SQUARES = ("row", "moment", "exp_avg_sq")
 
@@ -41,10 +41,11 @@ def checkpoint_report(path: Path, *, check_sums: bool, with_stats: bool) -> dict
         UserError: it is incomplete, damaged, of another format, or not of its configuration.
     """
     state = read_state(path)
-    _check_sizes(path, state["files"])
+    check_sizes(path, state["files"])
     if check_sums:
         verify(path)
     config = read_config(path)
+    layout = changes(config, "parallel.")
     tensors = read_headers([path / n for n in sorted(state["files"]) if n.endswith(".safetensors")])
     model = meta_model(config.model)
     _check_model(path, model, tensors)
@@ -54,6 +55,7 @@ def checkpoint_report(path: Path, *, check_sums: bool, with_stats: bool) -> dict
         "path": str(path),
         "format": FORMAT,
         **state["state"],
+        "layout": {c["key"].removeprefix("parallel."): c["value"] for c in layout},
         "model": {
             "preset": config.model.preset,
             "changes": changes(config, "model."),
@@ -71,23 +73,9 @@ def checkpoint_report(path: Path, *, check_sums: bool, with_stats: bool) -> dict
     return report | ({"stats": _stats(model, tensors)} if with_stats else {})
 
 
-def _check_sizes(path: Path, files: dict[str, Any]) -> None:
-    wrong = []
-    for name, entry in files.items():
-        file = path / Path(name).name
-        if not file.is_file():
-            wrong.append(f"{name} is missing")
-        elif file.stat().st_size != entry["bytes"]:
-            wrong.append(f"{name} has {file.stat().st_size:,} of {entry['bytes']:,} bytes")
-    if wrong:
-        raise UserError(
-            f"checkpoint {path} is damaged: {'; '.join(wrong)}; remove it and use the one before"
-        )
-
-
 def _check_model(path: Path, model: SwitchTransformer, tensors: dict[str, StoredTensor]) -> None:
-    wanted = {f"{_MODEL}{name}": tuple(p.shape) for name, p in model.named_parameters()}
-    held = {name: t.shape for name, t in tensors.items() if name.startswith(_MODEL)}
+    wanted = {f"{MODEL}{name}": tuple(p.shape) for name, p in model.named_parameters()}
+    held = {name: t.shape for name, t in tensors.items() if name.startswith(MODEL)}
     wrong = [f"{name} is missing" for name in wanted if name not in held]
     wrong += [f"{name} is not of its model" for name in held if name not in wanted]
     wrong += [
@@ -104,9 +92,16 @@ def _check_model(path: Path, model: SwitchTransformer, tensors: dict[str, Stored
 
 
 def _parameters(model: SwitchTransformer, tensors: dict[str, StoredTensor]) -> list[dict[str, Any]]:
-    stored = ((name, tensors[f"{_MODEL}{name}"]) for name, _ in model.named_parameters())
+    stored = ((name, tensors[f"{MODEL}{name}"]) for name, _ in model.named_parameters())
     return [
-        {"name": name, "shape": list(t.shape), "dtype": t.dtype, "count": t.count, "bytes": t.bytes}
+        {
+            "name": name,
+            "shape": list(t.shape),
+            "dtype": t.dtype,
+            "count": t.count,
+            "bytes": t.bytes,
+            "parts": [len({part.offsets[d] for part in t.parts}) for d in range(len(t.shape))],
+        }
         for name, t in stored
     ]
 
@@ -114,7 +109,7 @@ def _parameters(model: SwitchTransformer, tensors: dict[str, StoredTensor]) -> l
 def _optimizer(config: RunConfig, tensors: dict[str, StoredTensor]) -> dict[str, Any]:
     by_kind: dict[str, int] = defaultdict(int)
     for name, tensor in tensors.items():
-        if name.startswith(_STATE):
+        if name.startswith(STATE):
             by_kind[name.rpartition(".")[2]] += tensor.bytes
     return {"name": config.optim.name, "bytes": sum(by_kind.values()), "by_kind": dict(by_kind)}
 
@@ -132,11 +127,11 @@ def _stats(model: SwitchTransformer, tensors: dict[str, StoredTensor]) -> dict[s
     experts = []
     for name, parameter in model.named_parameters():
         stack = spec_of(parameter).is_expert
-        found = tensor_stats(tensors[f"{_MODEL}{name}"], by_expert=stack)
+        found = tensor_stats(tensors[f"{MODEL}{name}"], by_expert=stack)
         parameters[name] = merged(found)
         if stack:
             experts.append(spread(name, "rms of weights", [s.rms for s in found]))
-        prefix = f"{_STATE}{name}."
+        prefix = f"{STATE}{name}."
         for key in (key for key in tensors if key.startswith(prefix)):
             kind, tensor = key.removeprefix(prefix), tensors[key]
             by_expert = stack and kind in _SQUARES
@@ -164,6 +159,8 @@ def print_checkpoint(report: dict[str, Any]) -> None:
             ("model", f"{model['preset'] or 'no preset'}, {_experts(model)}"),
             *((f"  {c['key']}", f"{c['value']!r} (preset: {c['usual']!r})")
               for c in model["changes"]),
+            ("layout", ", ".join(f"{k} {v}" for k, v in report["layout"].items()) or "one rank, or "
+                                                                              "data-parallel"),
             ("parameters", f"{model['total_parameters']:,}, "
                            f"{model['active_parameters']:,} active for a token"),
             ("optimizer", f"{optimizer['name']}, {size(optimizer['bytes'])} of state ("
@@ -205,14 +202,20 @@ def _print_parameters(report: dict[str, Any]) -> None:
     }
     stats = report.get("stats", {}).get("parameters")
     titles = ("min", "max", "mean", "rms", "NaN/Inf") if stats else ()
-    table = Table("parameter", "shape", "type", "each", "all", "size", *titles, box=None)
+    parts = {p["name"]: p["parts"] for p in report["parameters"]}
+    table = Table(
+        "parameter", "shape", "in parts", "type", "each", "all", "size", *titles, box=None
+    )
     for line in parameter_tree(tensors):
         first, total = line.tensors[0], sum(t.count for t in line.tensors)
-        cells = ["", "", ""]
+        cells = ["", "", "", ""]
         if line.leaf:
             several = f"{first.count:,} × {len(line.tensors)}"
             cells = [
                 "×".join(map(str, first.shape)),
+                "×".join(map(str, parts[first.name]))
+                if max(parts[first.name], default=1) > 1
+                else "–",
                 first.dtype,
                 several if len(line.tensors) > 1 else "",
             ]

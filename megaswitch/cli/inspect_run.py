@@ -18,8 +18,8 @@ from megaswitch.cli.show import curve, print_fields, print_lines, print_table, s
 from megaswitch.config import RunConfig
 from megaswitch.files import holder
 from megaswitch.log import UserError
+from megaswitch.metrics_file import read_metrics
 from megaswitch.model.count import count
-from megaswitch.train.metrics import read_metrics
 from megaswitch.train.trainer import batch_size, build_loader
 
 _LAYER_METRICS = ("dropped_fraction", "load_imbalance", "router_entropy", "router_confidence")

@@ -21,19 +21,22 @@ def tokenizer() -> None:
 @click.argument("inputs", nargs=-1, required=True, type=PATH)
 @click.option("--output", required=True, type=PATH, help="Model file to write.")
 @click.option("--vocab-size", default=32_100, show_default=True, help="Ids, with the sentinels.")
+@click.option("--text-field", default="text", show_default=True, help="Of JSON lines and Parquet.")
 @click.option("--character-coverage", default=0.9995, show_default=True)
 @click.option("--threads", default=os.cpu_count() or 1, show_default="all cores")
 def tokenizer_train(
     inputs: tuple[Path, ...],
     output: Path,
     vocab_size: int,
+    text_field: str,
     character_coverage: float,
     threads: int,
 ) -> None:
     """Train a SentencePiece unigram model by T5's conventions.
 
-    INPUTS are JSON lines (field "text") or plain text, plain, .gz or .zst. Pad is 0, EOS 1, unknown
-    2, unknown characters fall back to bytes, and 100 sentinels are the top of the vocabulary.
+    INPUTS are JSON lines (field "text") or plain text, plain, .gz, .xz or .zst, or Parquet. Pad is
+    0, EOS 1, unknown 2, unknown characters fall back to bytes, and 100 sentinels are the top of the
+    vocabulary.
 
     Example: megaswitch tokenizer train corpus.jsonl.zst --output spm.model --vocab-size 32100
     """
@@ -50,6 +53,7 @@ def tokenizer_train(
             vocab_size=vocab_size,
             character_coverage=character_coverage,
             threads=threads,
+            text_field=text_field,
         )
     finally:
         signal.signal(signal.SIGINT, before)

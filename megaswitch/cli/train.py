@@ -9,7 +9,6 @@ import click
 
 from megaswitch.cli.common import PATH, stdout
 from megaswitch.cli.completion import FREE_FORM, OverridesCommand, complete_override
-from megaswitch.log import info
 
 
 def _print_keys(context: click.Context, option: click.Parameter, asked: bool) -> None:
@@ -45,16 +44,9 @@ def train(config: Path, overrides: tuple[str, ...]) -> None:
     """
     from megaswitch.config import load_config
     from megaswitch.parallel.launcher import world_size
-    from megaswitch.parallel.mesh import Mesh
-    from megaswitch.parallel.watchdog import watch
 
     resolved = load_config(config, overrides, world_size=world_size())
-    from megaswitch.train.trainer import Trainer
+    from megaswitch.train.launch import launch
 
-    mesh = Mesh.start(resolved.train.device, resolved.parallel)
-    with watch(mesh, resolved.parallel.timeout) as watchdog:
-        complete = Trainer.build(resolved, mesh).fit(watchdog)
-    mesh.stop()
-    if not complete:
-        info("stopped; the same command goes on from the checkpoint")
+    if not launch(resolved):
         sys.exit(130)

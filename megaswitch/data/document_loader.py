@@ -98,6 +98,7 @@ class DocumentLoader(Corpus):
         self.objective, self.packed = objective, packing
         self.encoder_length, self.num_sentinels = encoder_length, num_sentinels
         self.stores = _open(prefix, objective, pread=pread)
+        self.num_tokens = sum(store.num_tokens for store in self.stores)
         endings = self._check_corpora(vocab_size, tokenizer)
         texts = [
             native.Texts(store.native, ends_in_eos=ending, vocab_size=vocab_size)

@@ -263,7 +263,7 @@ class IndexedWriter:
 
     def extend(
         self,
-        tokens: Iterable[NDArray[np.int64]],
+        tokens: Iterable[NDArray],
         lengths: Iterable[NDArray[np.int64]],
         ends: Iterable[NDArray[np.int64]],
     ) -> None:
@@ -289,8 +289,9 @@ class IndexedWriter:
     def _write_tokens(self, ids: NDArray) -> None:
         assert ids.ndim == 1
         limits = np.iinfo(self._dtype)
-        assert len(ids) == 0 or (limits.min <= ids.min() and ids.max() <= limits.max)
-        content = ids.astype(self._dtype).tobytes()
+        fits = ids.dtype == self._dtype or len(ids) == 0
+        assert fits or (limits.min <= ids.min() and ids.max() <= limits.max)
+        content = np.ascontiguousarray(ids, dtype=self._dtype).data
         self._bin.write(content)
         self._hash.update(content)
         self.num_tokens += len(ids)

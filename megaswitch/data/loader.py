@@ -71,6 +71,7 @@ class SpanCorruptionLoader(Corpus):
         if not 0 <= seed < 1 << 64:
             raise UserError(f"the data seed is {seed}; it must lie in [0, 2^64).")
         self.store = TokenStore(prefix, pread=pread)
+        self.num_tokens = self.store.num_tokens
         self.encoder_length = encoder_length
         self.num_sentinels = num_sentinels
         corruption = noise_density, mean_span_length

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from math import ceil
@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megaswitch.data.indexed import IndexedWriter, TokenizerInfo, TokenStore, companion
-from megaswitch.log import UserError, console, info
+from megaswitch.data.progress import progress
+from megaswitch.log import UserError, info
 
 _PIECE = 1 << 20  # tokens, or entries of an index, in memory at a time
 
@@ -58,7 +58,7 @@ def merge(inputs: Sequence[Path], output: Path) -> None:
     stores = [TokenStore(path) for path in inputs]
     dtype = np.result_type(*(store.dtype for store in stores))
     with (
-        _progress("merging", stores) as advance,
+        progress("merging", sum(store.num_tokens for store in stores)) as advance,
         IndexedWriter(output, dtype, tokenizer=_common_tokenizer(stores)) as writer,
     ):
         for store in stores:
@@ -171,7 +171,7 @@ def _numbers(count: int) -> list[str]:
 
 def _write_parts(store: TokenStore, parts: Sequence[Part]) -> None:
     tokenizer = _common_tokenizer([store])
-    with _progress("splitting", [store]) as advance, ExitStack() as all_or_none:
+    with progress("splitting", store.num_tokens) as advance, ExitStack() as all_or_none:
         for part in parts:
             writer = IndexedWriter(part.prefix, store.dtype, tokenizer=tokenizer)
             all_or_none.enter_context(writer)
@@ -250,12 +250,3 @@ def _common_tokenizer(stores: Sequence[TokenStore]) -> TokenizerInfo | None:
 
 def _resolved(prefix: Path) -> Path:
     return prefix.parent.resolve() / prefix.name
-
-
-@contextmanager
-def _progress(what: str, stores: Sequence[TokenStore]) -> Iterator[Callable[[int], None]]:
-    """A bar over all tokens, with the time that is left; gives a function that advances it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
-    with Progress(*columns, TimeRemainingColumn(), console=console()) as progress:
-        task = progress.add_task(what, total=sum(store.num_tokens for store in stores))
-        yield lambda tokens: progress.advance(task, tokens)

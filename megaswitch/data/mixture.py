@@ -112,6 +112,7 @@ class Mixture(Samples):
         weights: of the sources by name, for good or ill; None: by size.
         exponent: see `size_weights`.
         cap: see `size_weights`.
+        by_tokens: sizes are tokens, of inputs and targets as stored, not samples.
 
     Attributes:
         segments: the proportions so far. A run that goes on takes its own from the checkpoint by
@@ -130,6 +131,7 @@ class Mixture(Samples):
         weights: Mapping[str, float] | None = None,
         exponent: float = 1.0,
         cap: int | None = None,
+        by_tokens: bool = False,
     ) -> None:
         # By name, so that the order in which a configuration lists them means nothing.
         self.source_names = tuple(sorted(sources))
@@ -142,6 +144,7 @@ class Mixture(Samples):
         sizes = [source.samples_per_epoch for source in self.sources]
         self.samples_per_epoch = sum(sizes)
         if weights is None:
+            sizes = [source.num_tokens for source in self.sources] if by_tokens else sizes
             shares = size_weights(sizes, exponent=exponent, cap=cap)
         else:
             shares = [Decimal(str(weights[name])) for name in self.source_names]

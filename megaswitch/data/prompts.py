@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from re import Match
 
-from megaswitch.data.text_files import check_inputs, is_json_lines, read_lines
+from megaswitch.data.blocks import check_inputs, is_json_lines
+from megaswitch.data.text_files import read_lines
 from megaswitch.data.tokenizer import SENTINEL
 from megaswitch.log import UserError
 
@@ -16,7 +17,7 @@ def read_prompts(path: Path) -> list[str]:
     """The prompts of a file, one a line, in order; empty lines of plain text are prompts too.
 
     Args:
-        path: plain text, or JSON lines with a field "inputs" or "text"; plain, .gz or .zst.
+        path: plain text, or JSON lines with a field "inputs" or "text"; plain, .gz, .xz or .zst.
 
     Raises:
         UserError: the file is missing or damaged, or a line holds no prompt. Nothing is passed

@@ -132,9 +132,11 @@ class Corpus(Samples):
     Attributes:
         sentinel_top: the id above the first sentinel.
         num_sentinels: that samples may use.
+        num_tokens: of all its texts, as stored.
         tokenizer_sha256: of the tokenizer that the corpus was made with, if it is known.
     """
 
+    num_tokens: int
     sentinel_top: int
     num_sentinels: int
     tokenizer_sha256: str | None

@@ -6,15 +6,19 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from megaswitch.data import native
+from megaswitch.data.blocks import is_json_lines
+from megaswitch.data.compression import bare
+from megaswitch.data.encode_files import encode_files
+from megaswitch.data.encoding import Encoder
 from megaswitch.data.indexed import IndexedWriter, TokenStore, companion, token_dtype
-from megaswitch.data.preprocess import PreprocessReport, tokenize
-from megaswitch.data.text_files import Document, bare, is_json_lines
+from megaswitch.data.text_files import RejectionLog
 from megaswitch.data.text_to_text import FIELDS
 from megaswitch.data.tokenizer import Tokenizer
 from megaswitch.log import UserError, warn
@@ -126,23 +130,16 @@ def tokenize_sources(
         least_tokens: what a source needs.
         by: field of JSON lines; each of its values, over all files, is a source, sorted by name.
             Documents without it are one too, and so are values too rare to stand alone.
-        workers: threads that tokenize.
+        workers: processes that tokenize.
 
     Raises:
         UserError: if a file cannot be read, a source is too short, `by` is in no document or has
             too many values, or the folder is full.
     """
     spool = folder / "spool"
-    report = PreprocessReport()
     parts = _Parts(files, by)
     try:
-        with IndexedWriter(spool, token_dtype(tokenizer.vocab_size)) as writer:
-            tokenize(
-                [f.path for f in files], tokenizer, writer, report,
-                workers=workers, append_eos=True, by=by, written=parts.add,
-            )  # fmt: skip
-        if report.rejections.count:
-            warn(report.rejections.summary())
+        _tokenize(files, Encoder(tokenizer, by=by), spool, parts, workers)
         store = TokenStore(spool)
         sources = []
         for number, (name, part) in enumerate(parts.settled(least_tokens).items()):
@@ -164,15 +161,14 @@ class _Parts:
 
     def __init__(self, files: Sequence[DataFile], by: str | None) -> None:
         self.by = by
-        self.files = {file.path: file for file in files}
         # Without a field every file is a source, also one that turns out to be empty.
         self.parts = {} if by else {file.name: _Part() for file in files}
         self.documents = 0
         self.labelled = False
 
-    def add(self, document: Document, tokens: int) -> None:
+    def add(self, file: DataFile, label: str | None, tokens: int) -> None:
         """Take in the next document of the spool."""
-        part = self.parts.setdefault(self._name(document), _Part())
+        part = self.parts.setdefault(self._name(file, label), _Part())
         if self.by and len(self.parts) > _MOST_VALUES:
             raise UserError(
                 f"the field {self.by!r} has more than {_MOST_VALUES:,} values; --by wants one that "
@@ -182,15 +178,14 @@ class _Parts:
         part.tokens += tokens
         self.documents += 1
 
-    def _name(self, document: Document) -> str:
-        file = self.files[document.path]
+    def _name(self, file: DataFile, label: str | None) -> str:
         if self.by is None:
             return file.name
-        self.labelled |= document.label is not None
+        self.labelled |= label is not None
         value = nameless = f"(no {self.by})"
-        if document.label is not None:  # one like a name of ours is told apart by quotes
-            ours = document.label in (_OTHERS, nameless)
-            value = json.dumps(document.label) if ours else document.label
+        if label is not None:  # one like a name of ours is told apart by quotes
+            ours = label in (_OTHERS, nameless)
+            value = json.dumps(label) if ours else label
         return f"{file.name}/{value}" if file.named else value
 
     def settled(self, least_tokens: int) -> dict[str, _Part]:
@@ -239,6 +234,32 @@ class _Parts:
         return settled
 
 
+def _tokenize(
+    files: Sequence[DataFile], encoder: Encoder, spool: Path, parts: _Parts, workers: int
+) -> None:
+    """Write all documents as they come, and sort them into parts."""
+    rejections = RejectionLog()
+    paths = [file.path for file in files]
+    with (
+        IndexedWriter(spool, token_dtype(encoder.tokenizer.vocab_size)) as writer,
+        closing(encode_files(paths, encoder, workers=workers)) as blocks,
+    ):
+        for encoded in blocks:
+            (column,) = encoded.columns
+            column.write_to(writer)
+            labels = encoded.labels if encoder.by else [None] * encoded.documents
+            for label, tokens in zip(labels, column.lengths.tolist(), strict=True):
+                parts.add(files[encoded.source], label, tokens)
+            rejections.extend(encoded.rejections)
+    if parts.documents == 0:
+        raise UserError(
+            f"the inputs hold no usable document ({rejections.summary()}). Give JSONL with the "
+            "text under 'text', or plain text."
+        )
+    if rejections.count:
+        warn(rejections.summary())
+
+
 def _write(spool: TokenStore, part: _Part, prefix: Path, tokenizer: Tokenizer) -> None:
     """Write a part shuffled as `preprocess` shuffles."""
     count = len(part.documents)
@@ -259,7 +280,8 @@ def _parse(argument: str) -> DataFile:
         missing = rest if equals and "/" not in name else argument
         raise UserError(
             f"there is no data '{missing}'; give the prefix of a .bin/.idx pair of `megaswitch "
-            "preprocess`, or a text file (.jsonl, .txt, plain, .gz or .zst), or NAME=PATH of one."
+            "preprocess`, or a text file (.jsonl, .txt, .parquet, plain, .gz, .xz or .zst), or "
+            "NAME=PATH of one."
         )
     path, is_text = found
     name = bare(path).stem if is_text else path.name

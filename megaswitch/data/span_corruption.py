@@ -17,10 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from megaswitch.data.philox import Random, Stream
+from megaswitch.data.special_ids import EOS_ID, PAD_ID
 from megaswitch.log import UserError
-
-PAD_ID = 0
-EOS_ID = 1
 
 # The greatest raw sample: beyond it float32, in which T5 counts, no longer holds every integer.
 MAX_RAW_LENGTH = 1 << 24

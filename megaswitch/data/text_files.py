@@ -1,39 +1,46 @@
-"""Documents out of text files: JSONL or plain text, bare or compressed with gzip or zstd.
+"""Documents out of text files: JSONL, plain text or Parquet.
 
 Everything is streamed. A bad line is handed to the caller and passed over; a damaged file is an
-error, as the text behind the damage would be lost without a word.
+error.
 """
 
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple
 
-import zstandard
+from megaswitch.data import blocks
+from megaswitch.data.blocks import Block, is_json_lines, read_blocks
+from megaswitch.data.compression import read_chunks
+from megaswitch.data.parquet import Row
 
-from megaswitch.log import UserError
-
-_CHUNK_BYTES = 1 << 16
-_INFLATE_BYTES = 1 << 9  # given to a decompressor at a time: zstd may make 16 MiB of them
-_MAX_DOCUMENT_BYTES = 1 << 28  # of a line too
-_JSON_LINES = {".jsonl", ".ndjson", ".json"}
+_DECODER = json.JSONDecoder()
+TEXT = "text"  # the field that holds it where the user names no other
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text and the line of the file it begins on, counted from 1.
-
-    Attributes:
-        label: what the field `by` of `read_documents` holds; None without it.
-    """
+    """A text and the line of the file it begins on, counted from 1."""
 
     text: str
     path: Path
     line: int
+
+
+class Record(NamedTuple):
+    """What a document of a block holds.
+
+    Attributes:
+        line: that it begins on, or its row, counted from 1.
+        texts: of the fields asked for; of plain text, the one there is.
+        label: what the field `by` holds; None without it.
+    """
+
+    line: int
+    texts: list[str]
     label: str | None = None
 
 
@@ -65,6 +72,11 @@ class RejectionLog:
         if len(self.first) < self.SHOWN:
             self.first.append(rejection)
 
+    def extend(self, other: RejectionLog) -> None:
+        """Count the rejections of another log behind these."""
+        self.count += other.count
+        self.first += other.first[: self.SHOWN - len(self.first)]
+
     def summary(self) -> str:
         """The count and one example, as part of a sentence."""
         if not self.count:
@@ -81,96 +93,88 @@ class RejectionLog:
         return "\n".join(lines)
 
 
-class _Decompressor(Protocol):
-    """What zlib's and zstandard's objects for one compressed stream have in common."""
-
-    @property
-    def eof(self) -> bool: ...
-    @property
-    def unused_data(self) -> bytes: ...
-    def decompress(self, data: bytes, /) -> bytes: ...
-
-
-def _gzip_stream() -> _Decompressor:
-    return zlib.decompressobj(wbits=31)
-
-
-def _zstd_stream() -> _Decompressor:
-    return zstandard.ZstdDecompressor().decompressobj()
-
-
-_COMPRESSIONS: dict[str, Callable[[], _Decompressor]] = {".gz": _gzip_stream, ".zst": _zstd_stream}
-
-
-def check_inputs(paths: Sequence[Path]) -> None:
-    """Refuse missing inputs before any work is done.
-
-    Raises:
-        UserError: naming all that are not files.
-    """
-    missing = [f"'{path}'" for path in paths if not path.is_file()]
-    if missing or not paths:
-        raise UserError(
-            f"no such input file: {', '.join(missing) or '(none given)'}. Inputs are JSONL or "
-            "plain text files, optionally .gz or .zst; folders must be given as their files."
-        )
-
-
 def read_documents(
-    path: Path,
-    *,
-    reject: Callable[[Rejection], None],
-    advance: Callable[[int], None] = lambda _: None,
-    by: str | None = None,
+    path: Path, *, reject: Callable[[Rejection], None], text_field: str = TEXT
 ) -> Iterator[Document]:
     """Stream the documents of a file.
 
-    `.jsonl`, `.ndjson` and `.json` files hold one object per line with its text under `text`; all
-    others are plain text with blank lines between documents.
+    `.jsonl`, `.ndjson` and `.json` files hold one object per line and `.parquet` files one row per
+    document, with its text under `text_field`; all others are plain text with blank lines between
+    documents.
 
     Args:
-        path: the file; a last suffix .gz or .zst means compressed.
+        path: the file; a last suffix .gz, .xz or .zst means compressed.
         reject: called with every unusable line, one that is too long to hold included.
-        advance: called with the number of bytes read from disk since the last call.
-        by: field of JSON lines to take documents' labels from.
+        text_field: of JSON objects and of Parquet rows.
 
     Raises:
         UserError: if the file cannot be read, is cut off or corrupt.
     """
-    lines = read_lines(path, advance)
-    if is_json_lines(path):
-        return _json_documents(path, lines, reject, by)
-    return _plain_documents(path, lines, reject)
+    for block in read_blocks(path, (text_field,)):
+        for record in records_of(block, (text_field,), reject):
+            yield Document(record.texts[0], path, record.line)
 
 
-def is_json_lines(path: Path) -> bool:
-    """True where `read_documents` takes the file for JSON lines, by its name."""
-    return bare(path).suffix in _JSON_LINES
+def records_of(
+    block: Block,
+    fields: Sequence[str],
+    reject: Callable[[Rejection], None],
+    by: str | None = None,
+) -> Iterator[Record]:
+    """The documents of a block.
+
+    Args:
+        block: of a file.
+        fields: to take texts from; plain text has but one, whatever it is called.
+        reject: called with every unusable line.
+        by: field of JSON lines to take documents' labels from.
+
+    Raises:
+        UserError: if a document of plain text has no end.
+    """
+    content = block.content
+    if content is None:
+        reject(Rejection(block.path, block.line, _too_long()))
+    elif isinstance(content, list):
+        yield from _row_records(block, content, fields, reject)
+    elif is_json_lines(block.path):
+        yield from _json_records(block, content, fields, reject, by)
+    else:
+        yield from _plain_records(block, content, reject)
 
 
-def bare(path: Path) -> Path:
-    """`path` without the suffix of its compression."""
-    return path.with_suffix("") if path.suffix in _COMPRESSIONS else path
-
-
-def _json_documents(
-    path: Path,
-    lines: Iterator[bytes | None],
+def _json_records(
+    block: Block,
+    content: bytes,
+    fields: Sequence[str],
     reject: Callable[[Rejection], None],
     by: str | None,
-) -> Iterator[Document]:
-    for number, line in enumerate(lines, start=1):
-        if line is None:
-            reject(Rejection(path, number, _too_long()))
+) -> Iterator[Record]:
+    for number, line in enumerate(content.split(b"\n"), start=block.line):
+        if not line or line.isspace():
             continue
-        if not line.strip():
-            continue
-        record, reason = _record_of(line)
+        record, reason = _object_of(line)
+        texts: list[Any] = [record.get(field) for field in fields]
+        reason = reason or _problem(fields, texts)
         if reason:
-            reject(Rejection(path, number, reason))
+            reject(Rejection(block.path, number, reason))
         else:
-            label = None if by is None else _label(record.get(by))
-            yield Document(record["text"], path, number, label)
+            yield Record(number, texts, None if by is None else _label(record.get(by)))
+
+
+def _row_records(
+    block: Block, rows: list[Row], fields: Sequence[str], reject: Callable[[Rejection], None]
+) -> Iterator[Record]:
+    for number, row in enumerate(rows, start=block.line):
+        try:
+            texts = [None if text is None else text.decode("utf-8") for text in row]
+            reason = _problem(fields, texts)
+        except UnicodeDecodeError:
+            texts, reason = [], "not UTF-8"
+        if reason:
+            reject(Rejection(block.path, number, reason))
+        else:
+            yield Record(number, [text for text in texts if text])
 
 
 def _label(value: object) -> str | None:
@@ -182,109 +186,81 @@ def _label(value: object) -> str | None:
 
 
 def _too_long() -> str:
-    return f"longer than {_MAX_DOCUMENT_BYTES:,} bytes"
+    return f"longer than {blocks.MAX_DOCUMENT_BYTES:,} bytes"
 
 
-def _record_of(line: bytes) -> tuple[dict[str, Any], str]:
-    """(object with a usable text, reason to reject it or nothing) of a line of JSON."""
+def _object_of(line: bytes) -> tuple[dict[str, Any], str]:
+    """(the object of a line of JSON, reason to reject it or nothing)."""
+    if len(line) > blocks.MAX_DOCUMENT_BYTES:
+        return {}, _too_long()
     try:
-        record = json.loads(line.decode("utf-8"))
+        text = line.strip().decode("utf-8")
+        record, end = _DECODER.raw_decode(text)  # half the time of loads() for short lines
+        if end != len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
     except UnicodeDecodeError:
         return {}, "not UTF-8"
     except (ValueError, RecursionError) as error:
         return {}, f"not JSON: {error}"
-    if not isinstance(record, dict):
-        return {}, "not a JSON object"
-    text = record.get("text")
-    if not isinstance(text, str):
-        return {}, "no string under 'text'"
-    if not text.strip():
-        return {}, "the text is empty"
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return {}, "the text has half a surrogate pair"
-    return record, ""
+    return (record, "") if isinstance(record, dict) else ({}, "not a JSON object")
 
 
-def _plain_documents(
-    path: Path, lines: Iterator[bytes | None], reject: Callable[[Rejection], None]
-) -> Iterator[Document]:
+def _problem(fields: Sequence[str], texts: Sequence[object]) -> str:
+    """Reason to reject these texts, or nothing."""
+    for field, text in zip(fields, texts, strict=True):  # noqa: F402
+        if not isinstance(text, str):
+            return f"no string under '{field}'"
+        if not text or text.isspace():
+            return "the text is empty" if len(fields) == 1 else f"the text under '{field}' is empty"
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            return "the text has half a surrogate pair"
+    return ""
+
+
+def _plain_records(
+    block: Block, content: bytes, reject: Callable[[Rejection], None]
+) -> Iterator[Record]:
     gathered: list[str] = []
     size = 0
-    first = 1
-    for number, line in enumerate(lines, start=1):
-        if line is None:
-            reject(Rejection(path, number, _too_long()))
-            continue
-        if not line.strip():
+    first = block.line
+    for number, line in enumerate(content.split(b"\n"), start=block.line):
+        if not line or line.isspace():
             if gathered:
-                yield Document("\n".join(gathered), path, first)
+                yield Record(first, ["\n".join(gathered)])
             gathered, size = [], 0
+            continue
+        if len(line) > blocks.MAX_DOCUMENT_BYTES:
+            reject(Rejection(block.path, number, _too_long()))
             continue
         if not gathered:
             first = number
         try:
             gathered.append(line.decode("utf-8").rstrip("\r\n"))
         except UnicodeDecodeError:
-            reject(Rejection(path, number, "not UTF-8"))
+            reject(Rejection(block.path, number, "not UTF-8"))
         size += len(line)
-        if size > _MAX_DOCUMENT_BYTES:
-            raise UserError(
-                f"the document at line {first} of '{path}' is larger than {_MAX_DOCUMENT_BYTES} "
-                "bytes. Plain text needs a blank line between documents; with one document per "
-                "line, use JSONL."
-            )
+        if size > blocks.MAX_DOCUMENT_BYTES:
+            raise blocks.no_end(block.path, first)
     if gathered:
-        yield Document("\n".join(gathered), path, first)
+        yield Record(first, ["\n".join(gathered)])
 
 
-def read_lines(
-    path: Path, advance: Callable[[int], None] = lambda _: None
-) -> Iterator[bytes | None]:
+def read_lines(path: Path) -> Iterator[bytes | None]:
     """The lines without their ends; None in the place of one too long, which is never held."""
+    limit = blocks.MAX_DOCUMENT_BYTES
     pieces: list[bytes] = []  # of a line longer than a chunk; joined once
     size = 0
-    for chunk in _chunks(path, advance):
+    for chunk in read_chunks(path):
         for position, piece in enumerate(chunk.split(b"\n")):
             if position:  # a line ended before this piece
-                yield b"".join(pieces) if size <= _MAX_DOCUMENT_BYTES else None
+                yield b"".join(pieces) if size <= limit else None
                 pieces, size = [], 0
             size += len(piece)
-            if size <= _MAX_DOCUMENT_BYTES:
+            if size <= limit:
                 pieces.append(piece)
             else:
                 pieces.clear()
     if size:
-        yield b"".join(pieces) if size <= _MAX_DOCUMENT_BYTES else None
-
-
-def _chunks(path: Path, advance: Callable[[int], None]) -> Iterator[bytes]:
-    start_stream = _COMPRESSIONS.get(path.suffix)
-    try:
-        with path.open("rb") as file:
-            stream = start_stream() if start_stream else None
-            while data := file.read(_CHUNK_BYTES):
-                advance(len(data))
-                if start_stream is None:
-                    yield data
-                    continue
-                for start in range(0, len(data), _INFLATE_BYTES):
-                    part = data[start : start + _INFLATE_BYTES]
-                    # A file may be several compressed streams one after another.
-                    while part:
-                        if stream is None or stream.eof:
-                            stream = start_stream()
-                        yield stream.decompress(part)
-                        part = stream.unused_data if stream.eof else b""
-    except (zlib.error, zstandard.ZstdError) as error:
-        raise UserError(f"'{path}' is corrupt ({error}). Download or compress it again.") from error
-    except OSError as error:
-        raise UserError(
-            f"cannot read '{path}': {error.strerror}. Check the file and its permissions."
-        ) from error
-    if stream is not None and not stream.eof:
-        raise UserError(
-            f"'{path}' is cut off: its compressed data ends too early. Download or compress it "
-            "again."
-        )
+        yield b"".join(pieces) if size <= limit else None

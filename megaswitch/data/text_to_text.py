@@ -1,20 +1,23 @@
-"""Pairs of texts, for fine-tuning: from JSON lines to two corpora side by side."""
+"""Pairs of texts, for fine-tuning: from JSON lines or Parquet to two corpora side by side."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import IO
 
+from megaswitch.data.blocks import check_inputs, is_json_lines, is_parquet
+from megaswitch.data.encode_files import encode_files
+from megaswitch.data.encoding import Encoder
 from megaswitch.data.indexed import IndexedWriter, companion, token_dtype
-from megaswitch.data.preprocess import PreprocessReport
-from megaswitch.data.text_files import Rejection, check_inputs, is_json_lines, read_lines
-from megaswitch.data.tokenizer import SENTINEL, Tokenizer
+from megaswitch.data.preprocess import PreprocessReport, check_usable, explained
+from megaswitch.data.spool import InputCounts
+from megaswitch.data.tokenizer import Tokenizer
 from megaswitch.log import UserError, info
 
 FIELDS = ("inputs", "targets")
-_BATCH = 1 << 12  # pairs tokenized at a time
 
 
 def preprocess_pairs(
@@ -32,10 +35,12 @@ def preprocess_pairs(
     their order; training shuffles the rows.
 
     Args:
-        inputs: JSON lines with strings under "inputs" and "targets", plain, .gz or .zst.
-        output_prefix: path of the corpora; replaced if they exist.
+        inputs: JSON lines (optionally .gz, .xz or .zst) or Parquet, with strings under "inputs" and
+            "targets".
+        output_prefix: path of the corpora; replaced if they exist. Lines that hold no pair are
+            listed in `<prefix>.rejected.jsonl`.
         tokenizer_path: a SentencePiece model file.
-        workers: threads that tokenize.
+        workers: processes that tokenize.
         num_extra_ids: sentinels on top of the tokenizer's vocabulary.
 
     Returns:
@@ -44,93 +49,65 @@ def preprocess_pairs(
     Raises:
         UserError: if files are missing, damaged, of another kind or without a usable pair.
     """
-    check_inputs(inputs)
-    if other := [f"'{path}'" for path in inputs if not is_json_lines(path)]:
-        raise UserError(
-            f"{', '.join(other)}: pairs are read from JSON lines (.jsonl, .ndjson, .json, plain, "
-            ".gz or .zst) with strings under 'inputs' and 'targets'."
-        )
-    tokenizer = Tokenizer(tokenizer_path, num_extra_ids)
+    check_inputs(inputs, FIELDS)
+    _check_formats(inputs)
     started = time.monotonic()
-    report = PreprocessReport()
-    report.prefixes = [companion(output_prefix, f"_{field}") for field in FIELDS]
-    dtype = token_dtype(tokenizer.vocab_size)
-    writers = [IndexedWriter(prefix, dtype, tokenizer=tokenizer.info) for prefix in report.prefixes]
-    try:
-        with writers[0], writers[1]:
-            for batch in _batches(inputs, report):
-                _write(batch, writers, tokenizer, report, workers)
-            if writers[0].num_documents == 0:
-                raise UserError(
-                    f"the inputs hold no usable pair ({report.rejections.summary()}). Give JSON "
-                    "lines with strings under 'inputs' and 'targets'."
-                )
-    except OSError as error:
-        raise UserError(f"cannot write the corpus '{output_prefix}': {error.strerror}.") from error
-    report.documents = writers[0].num_documents
-    report.tokens = sum(writer.num_tokens for writer in writers)
+    tokenizer = Tokenizer(tokenizer_path, num_extra_ids)
+    report = write_pairs(inputs, output_prefix, tokenizer, workers=workers)
     report.seconds = time.monotonic() - started
     info(str(report))
     return report
 
 
-_Pair = tuple[Path, int, list[str]]  # file, line, both texts
+def write_pairs(
+    inputs: Sequence[Path], output_prefix: Path, tokenizer: Tokenizer, *, workers: int
+) -> PreprocessReport:
+    """The work of `preprocess_pairs` on files that are checked."""
+    encoder = Encoder(tokenizer, FIELDS, append_eos=False, sentinels=True)
+    report = PreprocessReport(
+        prefixes=[companion(output_prefix, f"_{field}") for field in FIELDS],
+        inputs=[InputCounts(str(path), path.stat().st_size) for path in inputs],
+    )
+    dtype = token_dtype(tokenizer.vocab_size)
+    writers = [IndexedWriter(prefix, dtype, tokenizer=tokenizer.info) for prefix in report.prefixes]
+    rejected_path = companion(output_prefix, ".rejected.jsonl")
+    with (
+        explained(output_prefix),
+        writers[0],
+        writers[1],
+        _rejected_lines(rejected_path) as rejected,
+        closing(encode_files(inputs, encoder, workers=workers)) as blocks,
+    ):
+        for encoded in blocks:
+            for writer, column in zip(writers, encoded.columns, strict=True):
+                column.write_to(writer)
+            report.inputs[encoded.source].add(encoded)
+            report.rejections.extend(encoded.rejections)
+            rejected.write(encoded.rejected)
+        check_usable(report, "pair", "'inputs' and 'targets'")
+    if report.rejections.count:
+        report.rejected_file = rejected_path
+    return report
 
 
-def _write(
-    batch: Sequence[_Pair],
-    writers: Sequence[IndexedWriter],
-    tokenizer: Tokenizer,
-    report: PreprocessReport,
-    workers: int,
-) -> None:
-    texts = [text for _, _, pair in batch for text in pair]
-    ids = tokenizer.encode_batch(texts, threads=workers)
-    for place, text in enumerate(texts):
-        if SENTINEL.search(text):
-            ids[place] = tokenizer.encode(text)
-    for number, (path, line, pair) in enumerate(batch):
-        both = ids[2 * number : 2 * number + 2]
-        if empty := [field for field, found in zip(FIELDS, both, strict=True) if not found]:
-            report.rejections(Rejection(path, line, f"no tokens under '{empty[0]}'"))
-            continue
-        for writer, tokens in zip(writers, both, strict=True):
-            writer.add_document(tokens)
-        report.characters += sum(map(len, pair))
+def _check_formats(inputs: Sequence[Path]) -> None:
+    if other := [f"'{path}'" for path in inputs if not (is_json_lines(path) or is_parquet(path))]:
+        raise UserError(
+            f"{', '.join(other)}: pairs are read from JSON lines (.jsonl, .ndjson, .json, plain, "
+            ".gz, .xz or .zst) or Parquet with strings under 'inputs' and 'targets'."
+        )
 
 
-def _batches(inputs: Sequence[Path], report: PreprocessReport) -> Iterator[list[_Pair]]:
-    batch: list[_Pair] = []
-    for path in inputs:
-
-        def advance(count: int) -> None:
-            report.input_bytes += count
-
-        for number, line in enumerate(read_lines(path, advance), start=1):
-            if line is not None and not line.strip():
-                continue
-            try:
-                batch.append((path, number, _pair_of(line)))
-            except (ValueError, RecursionError) as error:
-                report.rejections(Rejection(path, number, str(error)))
-            if len(batch) == _BATCH:
-                yield batch
-                batch = []
-    if batch:
-        yield batch
-
-
-def _pair_of(line: bytes | None) -> list[str]:
-    """Both texts of a line of JSON; ValueError says what is wrong with it."""
-    if line is None:
-        raise ValueError("the line is too long")
-    record = json.loads(line.decode("utf-8"))
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
-    texts: list[str] = []
-    for field in FIELDS:
-        if not isinstance(text := record.get(field), str):
-            raise ValueError(f"no string under '{field}'")
-        text.encode("utf-8")  # half a surrogate pair is a ValueError too
-        texts.append(text)
-    return texts
+@contextmanager
+def _rejected_lines(path: Path) -> Iterator[IO[bytes]]:
+    """A list that appears at `path` when the block ends well, unless it is empty."""
+    aside = companion(path, ".partial")
+    try:
+        with aside.open("wb") as file:
+            yield file
+        if aside.stat().st_size:
+            aside.replace(path)
+        else:
+            path.unlink(missing_ok=True)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """SentencePiece tokenizers with T5's conventions: pad 0, EOS 1, unknown 2, sentinels on top.
 
-The model file holds the text's pieces only; `<extra_id_0>` is the highest id of the vocabulary,
-`<extra_id_1>` the one below, and so on. Official T5 and mT5 models therefore work as they are.
+`<extra_id_0>` is the highest id of the vocabulary, `<extra_id_1>` the one below, and so on. A model
+file holds the text's pieces only, as T5's does, or ends with the sentinels, as mT5's.
 """
 
 from __future__ import annotations
@@ -12,21 +12,23 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
+from numpy.typing import NDArray
 
+from megaswitch.data.blocks import check_inputs
 from megaswitch.data.indexed import TokenizerInfo
-from megaswitch.data.span_corruption import EOS_ID, PAD_ID
-from megaswitch.data.text_files import RejectionLog, check_inputs, read_documents
+from megaswitch.data.special_ids import EOS_ID, PAD_ID, UNK_ID
+from megaswitch.data.text_files import TEXT, RejectionLog, read_documents
 from megaswitch.log import UserError, warn
 
-_UNK_ID = 2
 SENTINEL = re.compile(r"<extra_id_(\d{1,6})>")
 # SentencePiece passes over sentences of more than 4,192 bytes; a character has up to 4.
 _MAX_SENTENCE_CHARACTERS = 1_000
 _TRAINING_SENTENCES = 10_000_000  # drawn from larger corpora; T5 used as many
 _TRAINING_SEED = 1
 _CONTROL_AND_BYTES = 3 + 256  # ids that every tokenizer has: pad, EOS, unknown; a piece per byte
-_MAX_MODEL_BYTES = 1 << 28  # those of a million pieces have 25 MB
+MAX_MODEL_BYTES = 1 << 28  # those of a million pieces have 25 MB
 # SentencePiece's own limits; beyond them it speaks of lines of its source.
 _MIN_COVERAGE = 0.98
 _MAX_THREADS = 1024
@@ -42,30 +44,32 @@ def train_tokenizer(
     num_sentinels: int = 100,
     character_coverage: float = 0.9995,
     threads: int = 1,
+    text_field: str = TEXT,
 ) -> None:
     """Train a unigram model with byte fallback; same inputs and threads give the same file.
 
     Args:
-        inputs: JSONL or plain text, optionally .gz or .zst; streamed.
+        inputs: JSONL, plain text or Parquet, optionally .gz, .xz or .zst; streamed.
         output: the model file to write.
         vocab_size: ids in all, `num_sentinels` of them sentinels, which are not in the file.
         num_sentinels: to be given to `Tokenizer` as `num_extra_ids`.
         character_coverage: share of characters that get pieces, 0.98 to 1; the rest become bytes.
         threads: threads of SentencePiece, 1 to 1024.
+        text_field: of JSON objects and of Parquet rows.
 
     Raises:
         UserError: if a number is out of range, inputs are missing, damaged or without text, or do
             not suit `vocab_size`, or the output cannot be written.
     """
     _check_numbers(vocab_size, num_sentinels, character_coverage, threads)
-    check_inputs(inputs)
+    check_inputs(inputs, (text_field,))
     failures: list[Exception] = []
     rejections = RejectionLog()
     model = io.BytesIO()
     sentencepiece.set_random_generator_seed(_TRAINING_SEED)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_caught(_sentences(inputs, rejections), failures),
+            sentence_iterator=_caught(_sentences(inputs, rejections, text_field), failures),
             model_writer=model,
             model_type="unigram",
             vocab_size=vocab_size - num_sentinels,
@@ -73,7 +77,7 @@ def train_tokenizer(
             byte_fallback=True,
             pad_id=PAD_ID,
             eos_id=EOS_ID,
-            unk_id=_UNK_ID,
+            unk_id=UNK_ID,
             bos_id=-1,
             input_sentence_size=_TRAINING_SENTENCES,
             shuffle_input_sentence=True,
@@ -148,9 +152,9 @@ def _caught(sentences: Iterator[str], failures: list[Exception]) -> Iterator[str
         failures.append(error)
 
 
-def _sentences(inputs: Iterable[Path], rejections: RejectionLog) -> Iterator[str]:
+def _sentences(inputs: Iterable[Path], rejections: RejectionLog, text_field: str) -> Iterator[str]:
     for path in inputs:
-        for document in read_documents(path, reject=rejections):
+        for document in read_documents(path, reject=rejections, text_field=text_field):
             for line in document.text.splitlines():
                 yield from _pieces(line)
 
@@ -171,7 +175,8 @@ class Tokenizer:
 
     Args:
         path: a SentencePiece model file.
-        num_extra_ids: sentinels to put on top of the model's own ids (T5: 100).
+        num_extra_ids: sentinels to put on top of the model's own ids (T5: 100); those that the
+            model ends with count instead.
 
     Raises:
         UserError: if the file is missing, no model, or does not follow T5's conventions.
@@ -181,7 +186,7 @@ class Tokenizer:
         self.path = Path(path)
         try:
             with self.path.open("rb") as file:
-                content = file.read(_MAX_MODEL_BYTES + 1)
+                content = file.read(MAX_MODEL_BYTES + 1)
         except OSError as error:
             raise UserError(
                 f"cannot read the tokenizer '{path}': {error.strerror}. Give the path of a "
@@ -189,7 +194,7 @@ class Tokenizer:
             ) from error
         self._model = sentencepiece.SentencePieceProcessor()
         try:
-            if len(content) > _MAX_MODEL_BYTES:
+            if len(content) > MAX_MODEL_BYTES:
                 raise RuntimeError("the file is too large")
             self._model.LoadFromSerializedProto(content)
         except (RuntimeError, UnicodeDecodeError) as error:  # its messages quote the damaged bytes
@@ -197,20 +202,31 @@ class Tokenizer:
                 f"'{path}' is not a SentencePiece model, or is damaged. Copy or train it again."
             ) from error
         ids = (self._model.pad_id(), self._model.eos_id(), self._model.unk_id())
-        if ids != (PAD_ID, EOS_ID, _UNK_ID):
+        if ids != (PAD_ID, EOS_ID, UNK_ID):
             raise UserError(
                 f"'{path}' has the ids {ids} for pad, EOS and unknown, and must have "
-                f"{(PAD_ID, EOS_ID, _UNK_ID)} as T5 has. Train one with `megaswitch tokenizer "
+                f"{(PAD_ID, EOS_ID, UNK_ID)} as T5 has. Train one with `megaswitch tokenizer "
                 "train`."
             )
         self.pad_id, self.eos_id, self.unk_id = ids
-        self.num_extra_ids = num_extra_ids
+        own = self._sentinels_in_file()
+        self._text_size = self._model.get_piece_size() - own
+        self.num_extra_ids = own or num_extra_ids
         self.sha256 = hashlib.sha256(content).hexdigest()
+
+    def _sentinels_in_file(self) -> int:
+        """How many of the model's last pieces are `<extra_id_n>`, with number 0 on top."""
+        size = self._model.get_piece_size()
+        for number in range(size):
+            piece = self._model.id_to_piece(size - 1 - number)
+            if piece.removeprefix("▁") != f"<extra_id_{number}>":
+                return number
+        return size
 
     @property
     def vocab_size(self) -> int:
         """Ids in all, sentinels included."""
-        return self._model.get_piece_size() + self.num_extra_ids
+        return self._text_size + self.num_extra_ids
 
     @property
     def info(self) -> TokenizerInfo:
@@ -233,12 +249,16 @@ class Tokenizer:
                 end = match.end()
         return ids + self._model.encode(text[end:])
 
-    def encode_batch(self, texts: Sequence[str], *, threads: int = 1) -> list[list[int]]:
-        """Ids of many texts in parallel, for corpora: `<extra_id_n>` is text like any other.
+    def encode_batch(self, texts: Sequence[str], *, eos: bool = False) -> list[NDArray[np.int32]]:
+        """Ids of many texts, for corpora: `<extra_id_n>` is text like any other.
 
         A corpus that could write sentinels would teach the model to take them for text.
+
+        Args:
+            texts: to encode.
+            eos: end each with EOS.
         """
-        return self._model.encode(list(texts), num_threads=threads)
+        return self._model.encode(list(texts), out_type="numpy", add_eos=eos, num_threads=1)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids, sentinels as `<extra_id_n>`; pad and EOS vanish.
@@ -247,7 +267,7 @@ class Tokenizer:
         """
         parts: list[str] = []
         run: list[int] = []
-        size = self._model.get_piece_size()
+        size = self._text_size
         for token in ids:
             if size <= token < self.vocab_size:
                 parts += [self._model.decode(run), f"<extra_id_{self.vocab_size - 1 - token}>"]

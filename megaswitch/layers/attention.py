@@ -27,47 +27,37 @@ class KeyValues(NamedTuple):
     values: Tensor
 
 
-class Attention(nn.Module):
-    """Multi-head attention of `x` over `memory`.
+class Attend(nn.Module):
+    """Multi-head attention once there are queries, keys and values.
 
-    q, k, v and o are separate parameters: Adafactor's statistics and conversion need them apart.
     A tensor-parallel rank has some of the heads, and gives its term of the output.
-    Initial deviations are Mesh-TF's: q (d_model·d_kv)^-½, k and v d_model^-½, o (heads·d_kv)^-½.
     """
 
     tp: TensorParallel = ALONE
+    o: Linear  # [d_model, heads·d_kv]; Mesh-TF's initial deviation is (heads·d_kv)^-½
 
-    def __init__(
-        self, d_model: int, num_heads: int, d_kv: int, *, dropout: float, site: str
-    ) -> None:
+    def __init__(self, num_heads: int, d_kv: int, *, dropout: float, site: str) -> None:
         super().__init__()
-        inner = num_heads * d_kv
         self.num_heads = num_heads
         self.d_kv = d_kv
         self.dropout = dropout
         self.site = site
-        query_init = Init("normal", (d_model * d_kv) ** -0.5)
-        memory_init = Init("normal", d_model**-0.5)
-        self.q = Linear(d_model, inner, shard="column", init=query_init)
-        self.k = Linear(d_model, inner, shard="column", init=memory_init)
-        self.v = Linear(d_model, inner, shard="column", init=memory_init)
-        self.o = Linear(inner, d_model, shard="row", init=Init("normal", inner**-0.5))
 
-    def forward(
-        self, x: Tensor, memory: KeyValues, bias: Tensor | None, noise: Noise | None
+    def attend(
+        self, q: Tensor, memory: KeyValues, bias: Tensor | None, noise: Noise | None
     ) -> Tensor:
         """Attend.
 
         Args:
-            x: [B, Q, d_model], where queries come from.
-            memory: of K positions; see `keys_values`.
+            q: [B, heads, Q, d_kv].
+            memory: of K positions.
             bias: added to the scores, broadcastable to [B, heads, Q, K]; masks are part of it.
             noise: randomness of a training step, or None.
 
         Returns:
             [B, Q, d_model].
         """
-        q, (k, v) = self._split(self.q(x)), memory
+        k, v = memory
         # In bf16 the fused kernels would round the bias; training does not, so evaluation must not.
         exact = bias is not None and (bias.requires_grad or bias.dtype != q.dtype)
         if exact or (noise is not None and self.dropout):
@@ -76,9 +66,9 @@ class Attention(nn.Module):
             heads = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
         return self.o(heads.transpose(1, 2).flatten(2))
 
-    def keys_values(self, memory: Tensor) -> KeyValues:
-        """Keys and values of `memory` [B, K, d_model]."""
-        return KeyValues(self._split(self.k(memory)), self._split(self.v(memory)))
+    def split_heads(self, x: Tensor) -> Tensor:
+        """[B, L, heads·d_kv] to [B, heads, L, d_kv]."""
+        return x.unflatten(-1, (-1, self.d_kv)).transpose(1, 2)
 
     def _explicit(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, noise: Noise | None
@@ -101,9 +91,39 @@ class Attention(nn.Module):
             weights = drop(weights, draws, self.dropout)
         return weights.to(v.dtype) @ v
 
-    def _split(self, x: Tensor) -> Tensor:
-        """[B, L, heads·d_kv] to [B, heads, L, d_kv]."""
-        return x.unflatten(-1, (-1, self.d_kv)).transpose(1, 2)
+
+class Attention(Attend):
+    """Multi-head attention of `x` over `memory`.
+
+    q, k, v and o are separate parameters: Adafactor's statistics and conversion need them apart.
+    Initial deviations are Mesh-TF's: q (d_model·d_kv)^-½, k and v d_model^-½, o (heads·d_kv)^-½.
+    """
+
+    def __init__(
+        self, d_model: int, num_heads: int, d_kv: int, *, dropout: float, site: str
+    ) -> None:
+        super().__init__(num_heads, d_kv, dropout=dropout, site=site)
+        inner = num_heads * d_kv
+        query_init = Init("normal", (d_model * d_kv) ** -0.5)
+        memory_init = Init("normal", d_model**-0.5)
+        self.q = Linear(d_model, inner, shard="column", init=query_init)
+        self.k = Linear(d_model, inner, shard="column", init=memory_init)
+        self.v = Linear(d_model, inner, shard="column", init=memory_init)
+        self.o = Linear(inner, d_model, shard="row", init=Init("normal", inner**-0.5))
+
+    def forward(
+        self, x: Tensor, memory: KeyValues, bias: Tensor | None, noise: Noise | None
+    ) -> Tensor:
+        """Attend with queries of x [B, Q, d_model]; see `attend` and `keys_values`."""
+        return self.attend(self.queries(x), memory, bias, noise)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """[B, heads, Q, d_kv] of x [B, Q, d_model]."""
+        return self.split_heads(self.q(x))
+
+    def keys_values(self, memory: Tensor) -> KeyValues:
+        """Keys and values of `memory` [B, K, d_model]."""
+        return KeyValues(self.split_heads(self.k(memory)), self.split_heads(self.v(memory)))
 
 
 class RelativeBias(nn.Module):

@@ -15,10 +15,71 @@ from torch.autograd.function import once_differentiable
 
 from megaswitch.layers.deferred import WeightGradients, deferred_linear
 from megaswitch.layers.gradient_memory import GradientMemory
+from megaswitch.layers.kernels import kernels_of
 from megaswitch.layers.parameter import Init, local, parameter
+from megaswitch.parallel.collectives import whole_to_terms
+from megaswitch.parallel.shard import spec_of
+from megaswitch.parallel.tensor_parallel import ALONE, TensorParallel
 
 # Of all stacks together, so that what adds up micro-batches needs one block more, not one each.
 _MEMORY = GradientMemory()
+# A map of rows [N, in], grouped by expert, and where each group ends [E].
+Map = Callable[[Tensor, Tensor], Tensor]
+
+
+class Adapter(nn.Module):
+    """A low-rank term of a linear map: scale · B A x, zero at the start (arXiv 2106.09685).
+
+    `a` is [rank, in] and `b` [out, rank]; of experts, stacks of them. Tensor-parallel ranks slice
+    the one that the map's own weight is sliced like, and all have the other.
+
+    Args:
+        weight: of the map, as its layer declared it.
+        rank: of the term.
+        scale: see above.
+    """
+
+    tp: TensorParallel = ALONE
+
+    def __init__(self, weight: nn.Parameter, rank: int, scale: float) -> None:
+        super().__init__()
+        *stack, outputs, inputs = weight.shape
+        *experts, row, column = spec_of(weight).axes
+        self.scale = scale
+        self.column = row == "tp"  # else the inputs are sliced
+        first = Init("normal", inputs**-0.5)
+        self.a = parameter((*stack, rank, inputs), (*experts, None, column), first)
+        last = Init("constant", 0.0)
+        self.b = parameter((*stack, outputs, rank), (*experts, row, None), last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The term of x [..., in]: [..., out]."""
+        a, b = self._factors()
+        return F.linear(F.linear(x, a), b) * self.scale
+
+    def chunks(self, number: int) -> list[Map]:
+        """Terms like `GroupedLinear.chunks`, each of a run of this rank's experts."""
+        a, b = self._factors()
+        size = len(a) // number
+        return [self._map(*pair) for pair in zip(a.split(size), b.split(size), strict=True)]
+
+    def _map(self, a: Tensor, b: Tensor) -> Map:
+        return lambda x, ends: grouped_linear(grouped_linear(x, a, ends), b, ends) * self.scale
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        a, b = local(self.a), local(self.b)
+        if self.tp.size == 1 or self.tp.sequence:
+            return a, b
+        # Each rank sees a part of what the undivided factor does, as it does of tokens where these
+        # are divided: there all such gradients are summed after the backward pass, here on the way.
+        if self.column:
+            return whole_to_terms(a, self.tp.axis), b
+        return a, whole_to_terms(b, self.tp.axis)
+
+    @torch.no_grad()
+    def merge_into(self, weight: Tensor) -> None:
+        """Add the term to the map's weight, in place."""
+        weight += torch.matmul(self.b.double(), self.a.double()).to(weight.dtype) * self.scale
 
 
 class Linear(nn.Module):
@@ -36,13 +97,16 @@ class Linear(nn.Module):
         super().__init__()
         axes = ("tp", None) if shard == "column" else (None, "tp")
         self.weight = parameter((outputs, inputs), axes, init)  # type: ignore[arg-type]
+        self.adapter: Adapter | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in] to [..., out]."""
         weight = local(self.weight)
-        if self.later and torch.is_grad_enabled():
-            return deferred_linear(x, self.weight, weight, self.later)
-        return F.linear(x, weight)
+        if self.later and self.weight.requires_grad and torch.is_grad_enabled():
+            y = deferred_linear(x, self.weight, weight, self.later)
+        else:
+            y = F.linear(x, weight)
+        return y if self.adapter is None else y + self.adapter(x)
 
 
 class GroupedLinear(nn.Module):
@@ -66,13 +130,14 @@ class GroupedLinear(nn.Module):
         super().__init__()
         axes = ("ep", "tp", None) if shard == "column" else ("ep", None, "tp")
         self.weight = parameter((experts, outputs, inputs), axes, init)  # type: ignore[arg-type]
+        self.adapter: Adapter | None = None
         weakref.finalize(self, _MEMORY.forget).atexit = False  # its gradients' memory goes with it
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """Map rows [N, in] to [N, out]; see `grouped_linear`."""
         return self.chunks(1)[0](x, ends)
 
-    def chunks(self, number: int) -> list[Callable[[Tensor, Tensor], Tensor]]:
+    def chunks(self, number: int) -> list[Map]:
         """Maps like `forward`, each of a run of this rank's experts.
 
         The stack is cut once: a slice taken in each of several places would each have a gradient of
@@ -80,14 +145,22 @@ class GroupedLinear(nn.Module):
         """
         stack = local(self.weight)
         size = len(stack) // number
-        if self.later and torch.is_grad_enabled():
+        if self.later and self.weight.requires_grad and torch.is_grad_enabled():
             parts = stack.detach().split(size)
             defer = [_Deferral(self.later, self.weight, i * size, size) for i in range(number)]
-            return [_map(part, d) for part, d in zip(parts, defer, strict=True)]
-        return [_map(part) for part in ((stack,) if number == 1 else stack.split(size))]
+            maps = [_map(part, d) for part, d in zip(parts, defer, strict=True)]
+        else:
+            maps = [_map(part) for part in ((stack,) if number == 1 else stack.split(size))]
+        if self.adapter is None:
+            return maps
+        return [_sum(*pair) for pair in zip(maps, self.adapter.chunks(number), strict=True)]
 
 
-def _map(weight: Tensor, defer: _Deferral | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+def _sum(first: Map, second: Map) -> Map:
+    return lambda x, ends: first(x, ends) + second(x, ends)
+
+
+def _map(weight: Tensor, defer: _Deferral | None = None) -> Map:
     return lambda x, ends: grouped_linear(x, weight, ends, defer)
 
 
@@ -123,7 +196,7 @@ def grouped_linear(
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, weight = x.to(dtype), weight.to(dtype)
-    if kind == "cpu":
+    if kernels_of(x) == "cpu":
         return _SlicedLinear.apply(x, weight, ends, defer)
     if defer:
         return _DeferredGroupedLinear.apply(x, weight, ends, defer)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megaswitch.layers.kernels import kernels_of
 from megaswitch.layers.parameter import stable_hash
 from megaswitch.parallel.tensor_parallel import ALONE, TensorParallel
 
@@ -99,13 +100,18 @@ class Noise:
         return keys.bitwise_xor_((keys >> 31).bitwise_and_((1 << 33) - 1))
 
 
+def ahead(keys: Tensor, elements: Tensor) -> Tensor:
+    """Keys whose draws begin so many elements further on, both [N] int64."""
+    return keys + elements * _GOLDEN
+
+
 def draw(keys: Tensor, columns: range) -> Tensor:
     """Uniform draws in [0, 1), fp32: [N, len(columns)] for keys [N] int64."""
     elements = torch.arange(columns.start + 1, columns.stop + 1, device=keys.device)
     elements.mul_(_GOLDEN)
     draws = torch.empty(len(keys), len(columns), device=keys.device, dtype=torch.float32)
     # A GPU wants few big kernels, a CPU few bytes at a time.
-    block = _SCRATCH_BYTES // elements.itemsize if keys.device.type == "cpu" else draws.numel()
+    block = _SCRATCH_BYTES // elements.itemsize if kernels_of(keys) == "cpu" else draws.numel()
     block = max(1, block)
     for some, out in zip(elements.split(block), draws.split(block, 1), strict=True):
         rows = max(1, block // max(1, len(some)))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from megaswitch.layers.kernels import kernels_of
 from megaswitch.layers.norm import at_least_fp32
 from megaswitch.layers.parameter import Init, local, parameter
 from megaswitch.parallel.collectives import all_gather
@@ -144,7 +145,7 @@ class _TargetScores(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, first: int, tp: TensorParallel
     ) -> tuple[Tensor, Tensor, Tensor]:
-        blocks = logits.split(_rows_in_cache(logits))
+        blocks = logits.split(rows_in_cache(logits))
         log_z = torch.cat([torch.logsumexp(at_least_fp32(block), -1) for block in blocks])
         if tp.size == 1:
             chosen = at_least_fp32(logits.gather(1, targets[:, None])[:, 0])
@@ -170,7 +171,7 @@ class _TargetScores(torch.autograd.Function):
         grad = torch.empty_like(logits)
         columns = (targets, log_z, log_z_grad, chosen_grad)
         blocks = (
-            t.split(_rows_in_cache(logits)) for t in (grad, logits, *(c[:, None] for c in columns))
+            t.split(rows_in_cache(logits)) for t in (grad, logits, *(c[:, None] for c in columns))
         )
         for out, block, target, z, z_grad, chosen in zip(*blocks, strict=True):
             softmax = (at_least_fp32(block) - z).exp_()
@@ -211,7 +212,7 @@ def _over_vocabulary(
     return torch.logsumexp(log_zs, 0), chosens.sum(0), column
 
 
-def _rows_in_cache(logits: Tensor) -> int:
+def rows_in_cache(logits: Tensor) -> int:
     """How many rows to take at a time: on a CPU about a megabyte of fp32, elsewhere all."""
-    fit = (1 << 18) // logits.shape[1] if logits.device.type == "cpu" else len(logits)
+    fit = (1 << 18) // logits.shape[1] if kernels_of(logits) == "cpu" else len(logits)
     return max(1, fit)

@@ -14,11 +14,18 @@ from megaswitch.layers.norm import RMSNorm
 from megaswitch.model.ffn import FeedForward
 from megaswitch.model.moe import SwitchFFN
 from megaswitch.model.router import Routing
+from megaswitch.model.switch_attention import SwitchAttention
 from megaswitch.parallel.tensor_parallel import ALONE, TensorParallel
 
 
 class Past(Protocol):
-    """Keys and values of the tokens before, which decoding keeps."""
+    """Keys and values of the tokens before, which decoding keeps.
+
+    Attributes:
+        length: how many.
+    """
+
+    length: int
 
     def extend(self, new: KeyValues) -> KeyValues:
         """Append `new`; returns all there are."""
@@ -26,11 +33,11 @@ class Past(Protocol):
 
 
 class Block(nn.Module):
-    """Self-attention, in the decoder cross-attention, then a dense or a Switch FFN.
+    """Self-attention, in the decoder cross-attention, then an FFN.
 
     Args:
         stack: which stack the block belongs to.
-        index: its place in that stack, from 0; decides whether its FFN is sparse.
+        index: its place in that stack, from 0; decides what of it is a mixture of experts.
     """
 
     tp: TensorParallel = ALONE
@@ -42,12 +49,17 @@ class Block(nn.Module):
         self.dropout = config.dropout
         self.site = f"{stack}.{index}"
         self.self_attention_norm = RMSNorm(config.d_model, config.norm_epsilon)
-        self.self_attention = self._attention(config, "self_attention")
+        sparse = config.sparse_parts(stack, index)
+        self.self_attention = (
+            SwitchAttention(config, f"{self.site}.self_attention")
+            if "self_attention" in sparse
+            else self._attention(config, "self_attention")
+        )
         if stack == "decoder":
             self.cross_attention_norm = RMSNorm(config.d_model, config.norm_epsilon)
             self.cross_attention = self._attention(config, "cross_attention")
         self.ffn_norm = RMSNorm(config.d_model, config.norm_epsilon)
-        kind = SwitchFFN if config.is_sparse(stack, index) else FeedForward
+        kind = SwitchFFN if "ffn" in sparse else FeedForward
         self.ffn = kind(config, f"{self.site}.ffn")
 
     def _attention(self, config: ModelConfig, name: str) -> Attention:
@@ -69,7 +81,7 @@ class Block(nn.Module):
         memory: Tensor | KeyValues | None = None,
         memory_bias: Tensor | None = None,
         past: Past | None = None,
-    ) -> tuple[Tensor, Routing | None]:
+    ) -> tuple[Tensor, dict[str, Routing]]:
         """Apply the block.
 
         Args:
@@ -86,14 +98,22 @@ class Block(nn.Module):
             past: the tokens before x, in decoding.
 
         Returns:
-            like x, and the routing if the FFN is sparse.
+            like x, and the routing of each part that is a mixture of experts.
         """
         shape, parts = mask.shape, x.ndim == 2
-        normed = self.tp.enter(self.self_attention_norm(x), shape)
-        own = self.self_attention.keys_values(normed)
+        routings: dict[str, Routing] = {}
+        first = 0 if past is None else past.length
+        normed = self.self_attention_norm(x)
+        if isinstance(self.self_attention, SwitchAttention):
+            q, own, routings["self_attention"] = self.self_attention.project(
+                normed, mask, rows_per_group, noise, first
+            )
+        else:
+            normed = self.tp.enter(normed, shape)
+            q, own = self.self_attention.queries(normed), self.self_attention.keys_values(normed)
         if past is not None:
             own = past.extend(own)
-        y = self.tp.leave(self.self_attention(normed, own, bias, noise), parts=parts)
+        y = self.tp.leave(self.self_attention.attend(q, own, bias, noise), parts=parts)
         x = self._add(x, y, "self_attention", shape, noise)
         if memory is not None:
             if isinstance(memory, Tensor):
@@ -105,12 +125,11 @@ class Block(nn.Module):
             y = self.tp.leave(attended.view_as(normed), parts=parts)
             x = self._add(x, y, "cross_attention", shape, noise)
         normed = self.ffn_norm(x)
-        routing = None
         if isinstance(self.ffn, SwitchFFN):
-            y, routing = self.ffn(normed, mask, rows_per_group, noise)
+            y, routings["ffn"] = self.ffn(normed, mask, rows_per_group, noise, first)
         else:
             y = self.tp.leave(self.ffn(self.tp.enter(normed, shape), noise), parts=parts)
-        return self._add(x, y, "ffn", shape, noise), routing
+        return self._add(x, y, "ffn", shape, noise), routings
 
     def _add(
         self, x: Tensor, y: Tensor, name: str, shape: torch.Size, noise: Noise | None

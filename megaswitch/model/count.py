@@ -9,6 +9,7 @@ import torch
 from megaswitch.config import ModelConfig
 from megaswitch.layers.linear import GroupedLinear, Linear
 from megaswitch.model.blocks import Block
+from megaswitch.model.routers import ROUTERS
 from megaswitch.model.switch_transformer import SwitchTransformer
 from megaswitch.parallel.shard import spec_of
 
@@ -19,7 +20,8 @@ class ModelCount:
 
     Attributes:
         total_parameters: all of them, a tied table once.
-        active_parameters: those that one token can meet: one expert of each Switch layer.
+        active_parameters: those that one token meets: one expert of each mixture, with top-2 two,
+            and on average as many as the capacity factor where experts choose.
         forward_flops_per_sequence: see `forward_flops`.
     """
 
@@ -40,18 +42,26 @@ def count(
     """Count the model of `config`; lengths are T5's span-corruption shape unless given."""
     model = meta_model(config)
     total = sum(p.numel() for p in model.parameters())
+    met = _experts_per_token(config)
     idle = sum(
-        p.numel() // len(p) * (len(p) - 1) for p in model.parameters() if spec_of(p).is_expert
+        round(p.numel() // len(p) * (len(p) - met))
+        for p in model.parameters()
+        if spec_of(p).is_expert
     )
     return ModelCount(total, total - idle, forward_flops(model, encoder_length, decoder_length))
+
+
+def _experts_per_token(config: ModelConfig) -> float:
+    return ROUTERS[config.moe.router].experts_per_token(config.moe)
 
 
 def forward_flops(model: SwitchTransformer, encoder_length: int, decoder_length: int) -> int:
     """Floating-point operations of one sequence's forward pass, as the paper's Table 9 counts them.
 
     2 per weight and token for every linear map, with all of cross-attention charged to decoder
-    tokens and one expert per token, plus 2·heads·d_kv per query-key pair, plus the logits. The
-    router and element-wise work are left out. The paper gives no recipe; this meets its figures.
+    tokens and as many experts as a token meets, plus 2·heads·d_kv per query-key pair, plus the
+    logits. Routers and element-wise work are left out. The paper gives no recipe; this meets its
+    figures.
     """
     config = model.config
     return sum(block_flops(config, encoder_length, decoder_length, model)) + head_flops(
@@ -74,7 +84,8 @@ def block_flops(
         (model.decoder, decoder_length, decoder_length + encoder_length),
     ):
         for block in stack.blocks:
-            flops.append(2 * _matmul_weights(block) * length + pair * length * keys)
+            weights = _matmul_weights(block, _experts_per_token(config))
+            flops.append(2 * weights * length + pair * length * keys)
     return flops
 
 
@@ -83,12 +94,12 @@ def head_flops(config: ModelConfig, decoder_length: int) -> int:
     return 2 * config.vocab_size * config.d_model * decoder_length
 
 
-def _matmul_weights(block: Block) -> int:
-    """Weights of the linear maps that one token passes."""
+def _matmul_weights(block: Block, experts: float) -> int:
+    """Weights of the linear maps that one token passes, on average."""
     total = 0
     for module in block.modules():
         if isinstance(module, Linear):
             total += module.weight.numel()
         elif isinstance(module, GroupedLinear):
-            total += module.weight[0].numel()
+            total += round(module.weight[0].numel() * experts)
     return total

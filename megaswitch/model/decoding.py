@@ -9,11 +9,12 @@ from torch import Tensor
 
 from megaswitch.layers.attention import KeyValues, padding_bias
 from megaswitch.layers.vocab import join_logits
+from megaswitch.log import UserError
 from megaswitch.model.switch_transformer import RouterLosses, SwitchTransformer
 
 
 class KeyValueCache:
-    """Keys and values of the tokens decoded so far, in one layer.
+    """Keys and values of the tokens decoded so far, in one layer; kept once where they are one.
 
     Args:
         capacity: most tokens that it will hold.
@@ -22,27 +23,27 @@ class KeyValueCache:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.length = 0
-        self._buffers: tuple[Tensor, Tensor] | None = None
+        self._buffers: list[Tensor] = []
 
     def extend(self, new: KeyValues) -> KeyValues:
         """Append `new`, [B, heads, L, d_kv] each; returns all, [B, heads, length, d_kv] each."""
-        if self._buffers is None:
+        distinct = new[:1] if new.keys is new.values else new
+        if not self._buffers:
             rows, heads, _, size = new.keys.shape
-            shape = (2, rows, heads, self.capacity, size)
-            keys, values = new.keys.new_empty(shape)
-            self._buffers = (keys, values)
+            shape = (len(distinct), rows, heads, self.capacity, size)
+            self._buffers = list(new.keys.new_empty(shape))
         end = self.length + new.keys.shape[2]
-        for buffer, part in zip(self._buffers, new, strict=True):
+        for buffer, part in zip(self._buffers, distinct, strict=True):
             buffer[:, :, self.length : end] = part
         self.length = end
-        return KeyValues(*(buffer[:, :, :end] for buffer in self._buffers))
+        held = [buffer[:, :, :end] for buffer in self._buffers]
+        return KeyValues(held[0], held[-1])
 
     def select(self, rows: Tensor) -> None:
         """Row i becomes what row rows[i] was."""
-        if self._buffers is not None:
-            for buffer in self._buffers:
-                held = buffer[:, :, : self.length]
-                held.copy_(held.index_select(0, rows))
+        for buffer in self._buffers:
+            held = buffer[:, :, : self.length]
+            held.copy_(held.index_select(0, rows))
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,21 @@ class Source:
 
 
 def encode(model: SwitchTransformer, tokens: Tensor, mask: Tensor | None) -> Source:
-    """Run the encoder over `tokens` [B, Le] int64; `mask` [B, Le] bool is True on real tokens."""
-    # Dropless, so that a text depends on its own prompt alone; HF's capacity is per row anyway.
-    rows = 1 if model.config.moe.capacity_mode == "hf" else None
+    """Run the encoder over `tokens` [B, Le] int64; `mask` [B, Le] bool is True on real tokens.
+
+    Raises:
+        UserError: the decoder cannot decode token by token.
+    """
+    if model.config.moe.router == "expert-choice" and model.config.moe.decoder_sparse_step:
+        raise UserError(
+            "model.moe.router='expert-choice' lets the decoder's experts choose among all tokens "
+            "of a text, those not yet written too, so it cannot generate; train with "
+            "model.moe.decoder_sparse_step=0, or another router"
+        )
+    # Dropless, so that a text depends on its own prompt alone; HF's capacity is per row anyway, and
+    # experts that choose have no other.
+    moe = model.config.moe
+    rows = 1 if moe.capacity_mode == "hf" or moe.router == "expert-choice" else None
     x = model.embedding(tokens)
     memory = model.encoder(x, tokens.shape, mask, rows, None, RouterLosses())
     return Source(memory, mask, rows)

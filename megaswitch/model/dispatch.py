@@ -1,12 +1,13 @@
 """Bringing tokens together by expert, and back.
 
-Everything is a permutation: kept tokens first, sorted by expert and then by position; the rest
-behind them. Shapes are static and nothing is read by the host.
+Rows are sorted by expert: first what is kept, the rest behind. Where each token has one expert that
+is a permutation of tokens; else of pairs of token and expert. Shapes are static and nothing is read
+by the host.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,17 +51,19 @@ def queue_positions(expert: Tensor, candidates: Tensor, num_experts: int) -> Ten
 
 @dataclass(frozen=True)
 class Dispatch:
-    """A permutation of N tokens that sorts the kept ones by expert.
+    """A permutation of N tokens, or of pairs of a token and an expert, sorted by expert.
 
     Attributes:
-        order: [N] int64, the token at each sorted row.
-        inverse: [N] int64, the sorted row of each token.
+        order: [R] int64, the token or pair at each sorted row; R = N for tokens.
+        inverse: [N] int64, the sorted row of each token or pair.
         ends: [E] int32, rows of experts 0 … e; rows past ends[-1] were dropped.
+        token: [R] int64, the token of each row where rows are of pairs, else None.
     """
 
     order: Tensor
     inverse: Tensor
     ends: Tensor
+    token: Tensor | None = None
 
     @classmethod
     def by_expert(cls, expert: Tensor, kept: Tensor, num_experts: int) -> Dispatch:
@@ -70,6 +73,16 @@ class Dispatch:
         ends = _segment_starts(sorted_key, num_experts + 1)[1:]
         return cls(order=order, inverse=_inverse(order), ends=ends.int())
 
+    def of_pairs(self, token: Tensor, most: int | None) -> Dispatch:
+        """The same of pairs.
+
+        Args:
+            token: [N] int64, of each pair.
+            most: rows that can be kept at all, if that is known; others need not be moved.
+        """
+        order = self.order[:most]
+        return replace(self, order=order, token=token[order])
+
     def counts(self) -> Tensor:
         """[E] int64, rows of each expert."""
         ends = self.ends.long()
@@ -77,11 +90,30 @@ class Dispatch:
 
     def gather(self, x: Tensor) -> Tensor:
         """Token rows x [N, d] in expert order."""
+        if self.token is not None:
+            return x.index_select(0, self.token)
         return _Permute.apply(x, self.order, self.inverse)
 
     def restore(self, y: Tensor) -> Tensor:
         """Rows y [N, d] in expert order back in token order."""
+        assert self.token is None, "a token may have several rows; combine them"
         return _Permute.apply(y, self.inverse, self.order)
+
+    def combine(self, y: Tensor, weight: Tensor, tokens: int) -> Tensor:
+        """Each token's sum of its rows times their weights: [tokens, d].
+
+        The sum of two is the same in any order; of more, on CUDA, it may round differently in every
+        run.
+
+        Args:
+            y: [R, d] in expert order.
+            weight: of each token or pair, in their order.
+            tokens: how many there are.
+        """
+        if self.token is None:
+            return self.restore(y) * weight[:, None]
+        rows = y * weight[self.order, None]
+        return rows.new_zeros(tokens, rows.shape[1]).index_add(0, self.token, rows)
 
 
 class _Permute(torch.autograd.Function):

@@ -16,6 +16,7 @@ from megaswitch.layers.noise import Noise, dropout
 from megaswitch.layers.norm import RMSNorm
 from megaswitch.layers.parameter import Init, initialize, scaled
 from megaswitch.layers.vocab import Embedding, Head, tied_logits
+from megaswitch.model.adapters import add_adapters
 from megaswitch.model.blocks import Block
 from megaswitch.model.router import Routing
 from megaswitch.parallel import expert_parallel
@@ -27,9 +28,12 @@ from megaswitch.parallel.tensor_parallel import ALONE, TensorParallel
 class LayerRouting:
     """How one Switch layer routed a batch.
 
+    With routers that may send a token to several experts, the first three are [B, L, K]; where
+    fewer were asked, the expert is -1, the gate 0 and nothing kept.
+
     Attributes:
         expert: [B, L] int64, the expert chosen (of dropped tokens too).
-        gate: [B, L], its probability.
+        gate: [B, L], what its output is multiplied by: its probability, or a share of several.
         kept: [B, L] bool, False where the expert was full and, but in HF capacity mode, on padding.
         entropy: [B, L], of the router's distribution, nats.
     """
@@ -111,9 +115,13 @@ class RouterLosses:
         with torch.no_grad():
             entropy = torch.special.entr(routing.probabilities).sum(-1)
             gate, entropy = tp.all_tokens(routing.gate), tp.all_tokens(entropy)
-            fields = (routing.expert, gate, routing.kept, entropy)
-            flat = (t.detach().flatten()[: mask.numel()].view(mask.shape) for t in fields)
-            self.routing[name] = LayerRouting(*flat)
+            tokens = mask.numel()
+            expert, gate, kept = (
+                routing.by_token(t, tokens) for t in (routing.expert, gate.detach(), routing.kept)
+            )
+            gate = gate.masked_fill(expert < 0, 0.0)
+            fields = (expert, gate, kept, entropy.flatten()[:tokens])
+            self.routing[name] = LayerRouting(*(t.unflatten(0, mask.shape) for t in fields))
 
 
 class Stack(nn.Module):
@@ -179,13 +187,13 @@ class Stack(nn.Module):
             arguments = (x, real, bias, rows_per_group, noise, memory, memory_bias)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # Our noise is counted, not drawn from a state, so there is none to stash.
-                x, routing = checkpoint(
+                x, routings = checkpoint(
                     block, *arguments, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                x, routing = block(*arguments)
-            if routing is not None:
-                losses.add(f"{self.name}.{index}.ffn", routing, real, self.tp)
+                x, routings = block(*arguments)
+            for part, routing in routings.items():
+                losses.add(f"{self.name}.{index}.{part}", routing, real, self.tp)
         if not hasattr(self, "final_norm"):  # the stack goes on at another pipeline stage
             return x
         site = f"{self.name}.out"
@@ -217,7 +225,7 @@ def rows_per_group(config: ModelConfig, encoder_length: int) -> int:
 
 
 class SwitchTransformer(nn.Module):
-    """T5-style encoder-decoder whose FFNs are, where configured, top-1 mixtures of experts.
+    """T5-style encoder-decoder whose FFNs are, where configured, mixtures of experts.
 
     Build it under `torch.device(...)`; parameters are unfilled until `initialize` or a checkpoint
     fills them.
@@ -235,6 +243,8 @@ class SwitchTransformer(nn.Module):
         if not config.tie_embeddings:
             init = scaled(config.init_scale, config.d_model)
             self.head = Head(config.vocab_size, config.d_model, init)
+        if config.lora.rank:
+            add_adapters(self, config.lora)
 
     def initialize(self, seed: int) -> SwitchTransformer:
         """Fill all parameters, each from its own stream of `seed`, and return the model."""

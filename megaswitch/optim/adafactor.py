@@ -133,7 +133,7 @@ class Adafactor(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if not block_of(parameter).is_whole:
-                    state = self._state(parameter, group)
+                    state = self.state_of(parameter, group)
                     sharded.append(ShardedUpdate(parameter, group, state, buffers))
                 elif parameter.grad is not None:
                     self._update(parameter, group, buffers)
@@ -153,7 +153,7 @@ class Adafactor(torch.optim.Optimizer):
 
     def _update(self, parameter: nn.Parameter, group: dict[str, Any], buffers: Buffers) -> None:
         """Update one whole parameter in place; work memory is taken from `buffers`, left there."""
-        state = self._state(parameter, group)
+        state = self.state_of(parameter, group)
         beta2 = advance(state, group)
         chunks = [chunk for _, chunk in Slices.of(parameter, state).chunks()]
 
@@ -171,7 +171,7 @@ class Adafactor(torch.optim.Optimizer):
             for chunk in chunks:
                 apply_update(chunk, group, *_measure(chunk, group, beta2, buffers))
 
-    def _state(self, parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Tensor]:
+    def state_of(self, parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Tensor]:
         """The parameter's state, made of zeros before its first step."""
         state: dict[str, Tensor] = self.state[parameter]
         if state:

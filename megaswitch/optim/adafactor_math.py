@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megaswitch.layers.kernels import kernels_of
 from megaswitch.parallel.shard import spec_of
 
 # Bytes of work memory. On a CPU, a step over a big stack is bound by page faults on fresh memory
@@ -64,7 +65,7 @@ class Slices:
 
     def chunks(self) -> Iterator[tuple[slice, Slices]]:
         """Runs of whole slices that fit the work memory, at least one slice each; and where."""
-        cpu = self.parameter.device.type == "cpu"
+        cpu = kernels_of(self.parameter) == "cpu"
         limit = _SCRATCH_BYTES_CPU if cpu else _SCRATCH_BYTES_ACCELERATOR
         count, rows, columns = self.parameter.shape
         length = max(1, limit // self.gradient.element_size() // max(1, rows * columns))

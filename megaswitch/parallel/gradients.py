@@ -30,7 +30,8 @@ class GradientSums:
     """Sums the gradients of a rank's weights.
 
     Args:
-        weights: of this rank, in the same order on all ranks that hold them.
+        weights: of this rank, in the same order on all ranks that hold them; frozen ones are
+            passed over.
         mesh: the ranks.
         sharded: names of those whose gradients FSDP2 sums over data-parallel ranks.
         sequence_parallel: whether tensor-parallel ranks see different tokens.
@@ -46,7 +47,7 @@ class GradientSums:
         sequence_parallel: bool = False,
         ties: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
-        self.weights = list(weights.values())
+        self.weights = [w for w in weights.values() if w.parameter.requires_grad]
         plain = [w for w in self.weights if w.name not in sharded]
         # Backward reaches the last layers first.
         groups = {
@@ -62,7 +63,8 @@ class GradientSums:
         divided = sequence_parallel and tp.size > 1
         whole = [w for w in self.weights if "tp" not in w.spec.axes] if divided else []
         self._tensor = _Buckets(whole, tp)
-        self._ties = _Ties([(weights[n], ranks) for n, ranks in (ties or {}).items()], mesh)
+        tied = [(weights[n], ranks) for n, ranks in (ties or {}).items()]
+        self._ties = _Ties([pair for pair in tied if pair[0].parameter.requires_grad], mesh)
 
     def during_backward(self) -> None:
         """Let the next backward pass, the last of the step, start sums as gradients get ready."""

@@ -71,9 +71,7 @@ class Pipeline:
         Returns:
             The sum of the losses, where the last stage is; else None.
         """
-        if micro_batches not in self._schedules:
-            self._schedules[micro_batches] = self._schedule(micro_batches)
-        schedule = self._schedules[micro_batches]
+        schedule = self.schedule(micro_batches)
         numbers = torch.arange(micro_batches)
         losses: list[Tensor] = []
         schedule.step(
@@ -83,6 +81,15 @@ class Pipeline:
             micro_batch=numbers,
         )
         return torch.stack([loss.detach() for loss in losses]).sum() if losses else None
+
+    def schedule(self, micro_batches: int) -> Any:
+        """torch's schedule of so many micro-batches, with its stages and the order of its actions.
+
+        For those who replay it; `train` runs it.
+        """
+        if micro_batches not in self._schedules:
+            self._schedules[micro_batches] = self._schedule(micro_batches)
+        return self._schedules[micro_batches]
 
     @torch.no_grad()
     def forward(self, micro_batch: int, carry: Sequence[Tensor]) -> Any:

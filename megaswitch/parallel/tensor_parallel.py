@@ -95,6 +95,14 @@ class TensorParallel:
             return parts_to_whole(y, self.axis, 1)
         return swap_parts(y, self.axis, split=0, join=1)
 
+    def for_features(self, x: Tensor, *, parts: bool) -> Tensor:
+        """Of all tokens, for work in which each rank has some of a token's features.
+
+        Args:
+            x: of all tokens; or [B·L/tp, …] of this rank's, if `parts`.
+        """
+        return parts_to_terms(x, self.axis) if parts else whole_to_terms(x, self.axis)
+
     def gather_features(self, x: Tensor) -> Tensor:
         """From rows [N, d/tp] to all features, for the first matrix of experts."""
         return parts_to_terms(x, self.axis, 1)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
 from megaswitch.parallel.mesh import Axis
 from megaswitch.parallel.shard import ShardSpec, declare_spec
@@ -119,6 +120,19 @@ def weight(
     local.block = block  # type: ignore[attr-defined]
     declare_spec(local, spec)
     return Weight(name, parameter, local, spec, block)
+
+
+def part_at(data: DTensor, coordinate: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Offsets and sizes of the part of `data` that a rank elsewhere in its mesh has.
+
+    Args:
+        data: this rank's part of a tensor.
+        coordinate: of the other rank, per axis of the mesh.
+    """
+    sizes, offsets = _compute_local_shape_and_global_offset(
+        data.shape, data.device_mesh.shape, list(coordinate), data.placements
+    )
+    return tuple(offsets), tuple(sizes)
 
 
 def block_of(parameter: nn.Parameter) -> Block:

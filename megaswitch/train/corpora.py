@@ -36,6 +36,7 @@ def build_loader(config: RunConfig, split: str) -> Samples:
         weights=mixture.weights,
         exponent=1.0 if mixture.exponent is None else mixture.exponent,
         cap=mixture.cap,
+        by_tokens=mixture.size == "tokens",
     )
 
 

@@ -82,6 +82,14 @@ class Display:
             f"{metrics['content_loss']:.3f} against their unigram entropy "
             f"{metrics['content_unigram_entropy']:.3f}"
         )
+        scores = {
+            key.split("/")[1]: value
+            for key, value in metrics.items()
+            if key.startswith("task/") and key.endswith("/score")
+        }
+        if scores:
+            each = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
+            self.note(f"step {step}: score {metrics['score']:.2f} ({each})")
 
     def note(self, message: str) -> None:
         """Print a line that stays."""

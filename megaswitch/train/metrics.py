@@ -18,7 +18,7 @@ from megaswitch.config import ModelConfig
 from megaswitch.data.span_corruption import Seq2SeqBatch
 from megaswitch.files import lock, write_durably
 from megaswitch.layers.vocab import TokenLosses
-from megaswitch.log import warn
+from megaswitch.metrics_file import read_metrics
 from megaswitch.model.switch_transformer import Inputs, LayerRouting
 from megaswitch.parallel.mesh import Mesh
 
@@ -41,9 +41,9 @@ class LayerLoad:
 
     Attributes:
         tokens: routed.
-        kept: of them, those whose expert had a slot left.
+        kept: of them, those that some expert had a slot left for.
         router_entropy: mean of the router's entropy, nats; ln E when undecided.
-        router_confidence: mean probability of the chosen expert.
+        router_confidence: mean gate of a token's best expert: with one expert, its probability.
         tokens_per_expert: [E], as the router chose, dropped tokens too.
     """
 
@@ -55,13 +55,14 @@ class LayerLoad:
 
     @property
     def dropped_fraction(self) -> float:
-        """Share of tokens that found their expert full."""
+        """Share of tokens that no expert works on."""
         return 1 - self.kept / max(self.tokens, 1)
 
     @property
     def load_imbalance(self) -> float:
         """Tokens of the busiest expert ÷ an even share."""
-        return max(self.tokens_per_expert) * len(self.tokens_per_expert) / max(self.tokens, 1)
+        per_expert = self.tokens_per_expert
+        return max(per_expert) * len(per_expert) / max(sum(per_expert), 1)
 
     @property
     def unused_experts(self) -> list[int]:
@@ -94,12 +95,18 @@ class RouterMeter:
         for name, layer in routing.items():
             encoder = name.startswith("encoder")
             mask = inputs.encoder_mask if encoder else inputs.decoder_mask
-            real = torch.ones_like(layer.kept) if mask is None else mask
-            ones = real.flatten().double()
-            load = torch.zeros(self.num_experts, dtype=torch.float64, device=ones.device)
-            load.scatter_add_(0, layer.expert.flatten(), ones)
-            kept = (layer.kept & real).sum()
-            sums = [real.sum(), kept, (layer.entropy * real).sum(), (layer.gate * real).sum()]
+            real = layer.entropy.new_ones(()) > 0 if mask is None else mask
+            real = real.expand_as(layer.entropy)
+            # [B, L, experts of a token]
+            expert, gate, kept = (
+                t.view(*real.shape, -1) for t in (layer.expert, layer.gate, layer.kept)
+            )
+            asked = ((expert >= 0) & real[..., None]).flatten().double()
+            load = torch.zeros(self.num_experts, dtype=torch.float64, device=asked.device)
+            load.scatter_add_(0, expert.flatten().clamp(min=0), asked)
+            taken = (kept.any(-1) & real).sum()
+            best = gate.amax(-1)
+            sums = [real.sum(), taken, (layer.entropy * real).sum(), (best * real).sum()]
             self.layers[name] += torch.cat([torch.stack([s.double() for s in sums]), load])
 
     def summary(self, mesh: Mesh) -> dict[str, float]:
@@ -132,7 +139,7 @@ def router_metrics(loads: Mapping[str, LayerLoad]) -> dict[str, float]:
 
     `dropped_fraction` and `load_imbalance` (busiest expert ÷ even share) are over all layers; with
     `/layer` appended they are of one. `router_entropy` is in nats, `router_confidence` the mean
-    probability of the chosen expert.
+    gate of a token's best expert.
     """
     if not loads:
         return {}
@@ -269,20 +276,3 @@ class MetricLog:
         aside = self.path.with_suffix(".unfinished")
         write_durably(aside, "".join(json.dumps(m) + "\n" for m in kept))
         os.replace(aside, self.path)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; those that a crash or a power cut spoilt are left out."""
-    if not path.is_file():
-        return []
-    metrics = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            if type(entry["step"]) is not int:
-                raise ValueError
-        except (ValueError, KeyError, TypeError, RecursionError):
-            warn(f"line {number} of {path} is damaged and was left out")
-        else:
-            metrics.append(entry)
-    return metrics

@@ -14,6 +14,7 @@ from torch import Tensor
 from megaswitch.config import RunConfig
 from megaswitch.data.span_corruption import Seq2SeqBatch
 from megaswitch.layers.noise import Noise
+from megaswitch.layers.soft_targets import SoftLosses, TopK
 from megaswitch.layers.vocab import TokenLosses, token_losses
 from megaswitch.model.switch_transformer import Inputs, SwitchOutput, SwitchTransformer
 from megaswitch.parallel.tensor_parallel import ALONE, TensorParallel
@@ -42,13 +43,21 @@ class MicroBatch:
         batch: its tensors.
         inputs: what every layer knows of it. Masks are None where nothing is padded, which spares
             attention a mask.
+        teacher: what was kept of a teacher's probabilities of its targets, or None.
     """
 
     batch: Seq2SeqBatch
     inputs: Inputs
+    teacher: TopK | None = None
 
     @classmethod
-    def of(cls, batch: Seq2SeqBatch, device: torch.device, noise: Noise | None) -> MicroBatch:
+    def of(
+        cls,
+        batch: Seq2SeqBatch,
+        device: torch.device,
+        noise: Noise | None,
+        teacher: TopK | None = None,
+    ) -> MicroBatch:
         """From a batch that lies on the CPU, where asking about padding costs nothing."""
         padded = [not bool(mask.all()) for mask in (batch.encoder_mask, batch.decoder_mask)]
         batch = batch.to(device)
@@ -61,7 +70,7 @@ class MicroBatch:
             batch.encoder_segments,
             batch.decoder_segments,
         )
-        return cls(batch, inputs)
+        return cls(batch, inputs, None if teacher is None else teacher.to(device))
 
     @property
     def rows(self) -> int:
@@ -93,6 +102,7 @@ def training_loss(
     whole: BatchSize,
     config: RunConfig,
     tp: TensorParallel = ALONE,
+    soft: SoftLosses | None = None,
 ) -> tuple[Tensor | None, TokenLosses | None]:
     """This micro-batch's share of the training loss, as far as these layers add to it.
 
@@ -102,6 +112,7 @@ def training_loss(
         whole: the global batch.
         config: weights of the terms.
         tp: who has the logits of other rows of the vocabulary.
+        soft: the loss against a teacher, which then takes its part (Mesh-TF's `StudentTeacher`).
 
     Returns:
         The scalar to call `backward` on, and the token sums that it came from; None for what these
@@ -116,7 +127,13 @@ def training_loss(
             tp=tp,
             vocab_size=config.model.vocab_size,
         )
-        tokens = sums.cross_entropy + config.train.logits_z_loss * sums.log_z_squared
+        tokens = sums.cross_entropy
+        if soft is not None:
+            distill = config.distill
+            weight = distill.soft_weight
+            # T² makes up for the gradient's 1/T² (Hinton et al. 2015, §2.1).
+            tokens = (1 - weight) * tokens + weight * distill.temperature**2 * soft.cross_entropy
+        tokens = tokens + config.train.logits_z_loss * sums.log_z_squared
         loss = tokens / whole.tokens
     moe = config.model.moe
     if output.routing:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +15,8 @@ from megaswitch.layers.linear import GroupedLinear, Linear
 from megaswitch.layers.parameter import Init, initialize
 from megaswitch.model.blocks import Block
 from megaswitch.model.count import meta_model
-from megaswitch.model.ffn import Experts
-from megaswitch.model.router import SwitchRouter
+from megaswitch.model.experts import ExpertStack
+from megaswitch.model.router import Router
 from megaswitch.model.stages import Stage, StageModule, balance, keep_only, plan_stages
 from megaswitch.model.switch_transformer import SwitchTransformer
 from megaswitch.parallel.distribute import shard_over_data, slice_parameters, weights_of
@@ -27,6 +27,7 @@ from megaswitch.parallel.shard import ShardSpec
 from megaswitch.parallel.tensor_parallel import TensorParallel
 from megaswitch.parallel.weights import Weight
 from megaswitch.train.objectives import PRECISIONS
+from megaswitch.train.trainable import freeze
 
 
 @dataclass
@@ -70,8 +71,17 @@ class Parts:
             model.train(mode)
 
 
+def _allocate(module: nn.Module, device: torch.device) -> None:
+    module.to_empty(device=device)
+
+
 def build_parts(
-    config: RunConfig, mesh: Mesh, *, lengths: tuple[int, int] = (512, 114), training: bool = True
+    config: RunConfig,
+    mesh: Mesh,
+    *,
+    lengths: tuple[int, int] = (512, 114),
+    training: bool = True,
+    allocate: Callable[[nn.Module, torch.device], object] = _allocate,
 ) -> Parts:
     """Build this rank's part, unfilled.
 
@@ -80,6 +90,7 @@ def build_parts(
         mesh: the ranks.
         lengths: of encoder and decoder rows, by which a pipeline is balanced.
         training: False for evaluation: nothing is sharded over data-parallel ranks.
+        allocate: gives parameters on the meta device their memory.
     """
     stages = _stages(config, mesh, lengths)
     specs: dict[str, ShardSpec] = {}
@@ -91,11 +102,9 @@ def build_parts(
     sharded: set[str] = set()
     for stage in stages:
         if stage.index % mesh.axis("pp").size == mesh.axis("pp").rank:
-            if mesh.group is None:
-                with torch.device(mesh.device):
-                    model = SwitchTransformer(config.model)
-            else:
-                model = keep_only(meta_model(config.model), stage)
+            model = _layers(config, mesh, stage)
+            if training:
+                freeze(model, config, stage if mesh.axis("pp").size > 1 else None)
             inits |= {n: p.init for n, p in model.named_parameters()}  # type: ignore[attr-defined]
             specs |= slice_parameters(model, mesh)
             _join(model, config, mesh)
@@ -107,7 +116,7 @@ def build_parts(
             if zero:
                 sharded |= _shard(root, model, specs, config, mesh)
             if mesh.group is not None:
-                model.to_empty(device=mesh.device)
+                allocate(model, mesh.device)
             models[stage.index] = model
     named = _share_biases(models)
     holders = _holders(config, stages, mesh)
@@ -123,6 +132,14 @@ def build_parts(
         ties={name: ranks for name, ranks in holders.items() if name in weights},
     )
     return Parts(stages, models, modules, later, weights, inits, sums)
+
+
+def _layers(config: RunConfig, mesh: Mesh, stage: Stage) -> SwitchTransformer:
+    """Those of a stage, without memory; of a process alone, all of them and with it."""
+    if mesh.group is not None:
+        return keep_only(meta_model(config.model), stage)
+    with torch.device(mesh.device):
+        return SwitchTransformer(config.model)
 
 
 def _stages(config: RunConfig, mesh: Mesh, lengths: tuple[int, int]) -> list[Stage]:
@@ -179,11 +196,12 @@ def _shard(
     blocks = [*model.encoder.blocks, *model.decoder.blocks]
     for block in blocks:
         for module in block.modules():
-            if isinstance(module, SwitchRouter):  # computes in fp32, so it is gathered in fp32
+            if isinstance(module, Router):  # computes in fp32, so it is gathered in fp32
                 shard_over_data(module, mesh, whole=kept, reshard=reshard)
-            elif isinstance(module, Experts) and copies:
+            elif isinstance(module, ExpertStack) and copies:
+                own = torch.float32 if config.model.moe.router_precision == "fp32" else precision
                 shard_over_data(
-                    module, mesh, expert=True, whole=kept, precision=precision, reshard=reshard
+                    module, mesh, expert=True, whole=kept, precision=own, reshard=reshard
                 )
         shard_over_data(block, mesh, whole=kept, precision=precision, reshard=reshard)
     # Embedding and head, in the precision of the residual stream; needed from first to last.

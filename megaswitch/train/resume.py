@@ -13,11 +13,14 @@ from megaswitch.parallel.mesh import Mesh
 # Keys that a run may change when it goes on; the rest of the configuration is its identity.
 _MAY_CHANGE = (
     *("model.preset", "data.train", "data.valid", "data.tokenizer", "checkpoint.", "parallel."),
-    *("data.mixture.weights", "data.mixture.exponent", "data.mixture.cap"),  # from there on
+    *("data.mixture.weights", "data.mixture.size"),  # from there on
+    *("data.mixture.exponent", "data.mixture.cap"),
+    *("distill.teacher", "distill.logits"),  # what they hold is compared
     *("data.access", "data.loader_threads", "data.prefetch_batches"),
     *("train.steps", "train.run_dir", "train.device", "train.micro_batch_size"),
     *("train.activation_checkpointing", "train.log_interval"),
-    *("train.valid_interval", "train.valid_samples"),
+    *("train.valid_interval", "train.valid_samples", "train.valid_metrics"),
+    "data.tasks",  # what they make of the files is part of the data's fingerprint
 )
 
 
@@ -41,8 +44,15 @@ def check_same_view(mesh: Mesh, config: RunConfig, loader: Samples, newest: Path
         )
 
 
-def check_resume(path: Path, config: RunConfig, loader: Samples) -> None:
-    """Refuse to go on from `path` if that would be another run: other configuration or data."""
+def check_resume(path: Path, config: RunConfig, loader: Samples, teacher: str = "") -> None:
+    """Refuse to go on from `path` if that would be another run: other configuration, data, teacher.
+
+    Args:
+        path: of the checkpoint.
+        config: given now.
+        loader: of the training data.
+        teacher: fingerprint of what the student learns from.
+    """
     changed = [
         line
         for key, line in differences(read_config(path), config)
@@ -53,10 +63,17 @@ def check_resume(path: Path, config: RunConfig, loader: Samples) -> None:
             f"{path} was written under another configuration: {'; '.join(changed)}. Use the same "
             "values, or another train.run_dir for a new run"
         )
-    trained_on = read_state(path)["state"]["fingerprint"]
+    state = read_state(path)["state"]
+    trained_on = state["fingerprint"]
     if trained_on != loader.fingerprint:
         raise UserError(
             f"{path} was trained on other data (fingerprint {trained_on}) than data.train="
             f"{config.data.train!r} ({loader.fingerprint}); give the same data or another "
             "train.run_dir"
+        )
+    if (taught := state.get("teacher", "")) != teacher:
+        raise UserError(
+            f"{path} was taught by another teacher (fingerprint {taught or 'none'}) than "
+            f"distill.teacher={config.distill.teacher!r} ({teacher or 'none'}); give the same "
+            "checkpoint or cached probabilities, or another train.run_dir"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from megaswitch.parallel.pipeline import Pipeline, attach
 from megaswitch.parallel.tensor_parallel import TensorParallel
 from megaswitch.train.objectives import PRECISIONS, BatchSize, MicroBatch, forward, training_loss
 from megaswitch.train.parts import Parts
+
+if TYPE_CHECKING:
+    from megaswitch.train.distill import Distillation
 
 # Called with the output of each micro-batch (of some layers, in a pipeline) and its token sums.
 Record = Callable[[SwitchOutput, TokenLosses | None, MicroBatch], None]
@@ -45,7 +48,8 @@ class Runner:
         self.tp = TensorParallel(mesh.axis("tp"), config.parallel.sequence_parallel)
         self.micro: Sequence[MicroBatch] = ()
         self.whole = BatchSize(1, 1)
-        self.record: Record = _ignore
+        self.record: Record = nothing
+        self.distillation: Distillation | None = None  # while a teacher is heard
         self.attached = torch.zeros(())  # auxiliary losses of stages before the last
         self._pipeline: Pipeline | None = None
 
@@ -66,12 +70,12 @@ class Runner:
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         if self.has_pipeline:
             self.attached = total
-            last = self._pipeline_for(micro[0]).train(len(micro))
+            last = self.pipeline_for(micro[0]).train(len(micro))
             return total if last is None else total + last
         overlap = self.config.parallel.overlap_gradients
         for number, one in enumerate(micro):
             output = forward(self.parts.models[0], one, self.precision)
-            loss, sums = training_loss(output, one.batch, whole, self.config, self.tp)
+            loss, sums = self._loss(output, one)
             assert loss is not None
             if overlap and number == len(micro) - 1:
                 self.parts.gradients.during_backward()
@@ -88,9 +92,9 @@ class Runner:
             output = forward(self.parts.models[0], micro, self.precision)
             record(output, None, micro)
             return
-        self._pipeline_for(micro).forward(0, self._carry(micro, parts=False))
+        self.pipeline_for(micro).forward(0, self._carry(micro, parts=False))
 
-    def _pipeline_for(self, micro: MicroBatch) -> Pipeline:
+    def pipeline_for(self, micro: MicroBatch) -> Pipeline:
         """The pipeline, made at its first use: its buffers have a micro-batch's shapes."""
         if self._pipeline is None:
             for module in self.parts.modules.values():
@@ -130,7 +134,7 @@ class Runner:
         if not torch.is_grad_enabled():
             self.record(output, None, micro)
             return x
-        loss, sums = training_loss(output, micro.batch, self.whole, self.config, self.tp)
+        loss, sums = self._loss(output, micro)
         self.record(output, sums, micro)
         if stage.last:
             assert loss is not None
@@ -143,6 +147,14 @@ class Runner:
             working = 1 if model.decoder.layers else 0
             outputs[working] = attach(outputs[working], loss)
         return tuple(outputs)
+
+    def _loss(
+        self, output: SwitchOutput, micro: MicroBatch
+    ) -> tuple[Tensor | None, TokenLosses | None]:
+        soft = None
+        if self.distillation and output.logits is not None:
+            soft = self.distillation.losses(output.logits, micro)
+        return training_loss(output, micro.batch, self.whole, self.config, self.tp, soft)
 
     def _run_layers(
         self,
@@ -165,5 +177,5 @@ class Runner:
         return x, losses, logits
 
 
-def _ignore(output: SwitchOutput, sums: TokenLosses | None, micro: MicroBatch) -> None:
+def nothing(output: SwitchOutput, sums: TokenLosses | None, micro: MicroBatch) -> None:
     """Record nothing."""

@@ -35,11 +35,15 @@ from megaswitch.parallel.watchdog import Watchdog
 from megaswitch.rules_parallel import check_sequence_parallel
 from megaswitch.train.corpora import batch_size, build_loader, build_validation, micro_batches
 from megaswitch.train.display import Display
+from megaswitch.train.distill import Distillation, copy_weights
+from megaswitch.train.exam import Exam
 from megaswitch.train.metrics import LossMeter, MetricLog, RouterMeter, SourceMeter, peak_flops
 from megaswitch.train.objectives import PRECISIONS, BatchSize, MicroBatch
 from megaswitch.train.parts import Parts, build_parts
 from megaswitch.train.resume import check_resume, check_same_view
 from megaswitch.train.runner import Runner
+from megaswitch.train.start import take_weights
+from megaswitch.train.task_data import prepare_tasks
 from megaswitch.train.validation import Validation, validate
 
 
@@ -59,15 +63,18 @@ class Trainer:
     checkpoints: CheckpointManager
     log: MetricLog | None
     state: TrainState
+    exam: Exam
+    distillation: Distillation | None = None
     failure: Exception | None = None  # of this rank alone; the next step tells the others
 
     @classmethod
     def build(cls, config: RunConfig, mesh: Mesh) -> Trainer:
         """Data, model, optimizer and, where the run folder has one, its newest checkpoint."""
         run_dir = Path(config.train.run_dir)
+        prepared = prepare_tasks(config, mesh)
         with mesh.together():
-            loader = build_loader(config, "train")
-            validation = build_validation(config)
+            loader = build_loader(prepared, "train")
+            validation = build_validation(prepared)
         lengths = (loader.encoder_length, loader.decoder_length)
         # Known only now, if the configuration leaves it to the span shape.
         if problems := list(check_sequence_parallel(config, "decoder", loader.decoder_length)):
@@ -83,20 +90,13 @@ class Trainer:
             background=config.checkpoint.background,
             timeout=config.parallel.timeout,
         )
-        newest = next(reversed(checkpoints(manager.folder)), None)
-        with mesh.together():
-            check_same_view(mesh, config, loader, newest)
-            if newest:
-                check_resume(newest, config, loader)
-        if newest:
-            state = manager.restore(newest, parts.weights, optimizer)
-            info(f"resuming from {newest}")
-        else:
-            parts.initialize(config.train.seed)
-            state = TrainState(step=0, samples=0, fingerprint=loader.fingerprint)
+        distillation = Distillation.build(config, mesh, loader)
+        state = _first_state(config, mesh, parts, optimizer, manager, loader, distillation)
         with mesh.together():
             loader.go_on([Segment(start, tuple(q)) for start, *q in state.mixture], state.samples)
             state = replace(state, mixture=[[s.start, *s.quotas] for s in loader.segments])
+            if distillation and distillation.cache:
+                distillation.cache.check_samples(config, state.mixture)
             batches = loader.stream(
                 micro_batches(config, mesh, state.samples),
                 threads=config.data.loader_threads,
@@ -106,6 +106,7 @@ class Trainer:
             log = MetricLog(run_dir, state.step + 1) if mesh.rank == 0 else None
             if log:
                 write_durably(run_dir / "config.toml", to_toml(config))
+        exam = Exam.of(config, mesh, parts, state.step)
         parts.train()
         return cls(
             config=config,
@@ -120,6 +121,8 @@ class Trainer:
             checkpoints=manager,
             log=log,
             state=state,
+            distillation=distillation,
+            exam=exam,
         )
 
     def fit(self, watchdog: Watchdog | None = None) -> bool:
@@ -154,6 +157,8 @@ class Trainer:
                     elapsed = time.perf_counter() - clock
                     metrics = losses.summary(self.mesh) | router.summary(self.mesh)
                     metrics |= self.sources.summary(self.mesh)
+                    if self.distillation:
+                        metrics |= self.distillation.summary(self.mesh)
                     metrics |= {"learning_rate": rate, "grad_norm": norm}
                     metrics |= self._speed(self.state.samples - since.samples, elapsed, flops)
                     if self.log:
@@ -164,14 +169,17 @@ class Trainer:
                 pause = time.perf_counter()
                 if watchdog:
                     watchdog.at(step, "validation or a checkpoint", limited=False)
+                best = False
                 if self.validation and (step % train.valid_interval == 0 or step == train.steps):
-                    self._validate(step, display)
+                    best = self._validate(step, display)
                 every = self.config.checkpoint.interval
-                if stop or step == train.steps or (every and step % every == 0):
-                    display.note(self._save(wait=stop or step == train.steps))
+                if stop or best or step == train.steps or (every and step % every == 0):
+                    display.note(self._save(wait=stop or step == train.steps, best=best))
                 clock += time.perf_counter() - pause  # neither is training time
                 if stop:
                     break
+        for line in self.exam.report():
+            info(line)
         with self.mesh.together():
             if self.failure:
                 raise self.failure
@@ -207,7 +215,14 @@ class Trainer:
                 if self.failure:
                     raise self.failure
         whole = BatchSize(rows=size, tokens=tokens)
-        micro = [MicroBatch.of(b, self.mesh.device, self._noise(b)) for b in batches]
+        heard = self.state.step >= self.config.distill.start_step
+        teacher = self.runner.distillation = self.distillation if heard else None
+        micro = [
+            MicroBatch.of(
+                b, self.mesh.device, self._noise(b), teacher.known(b) if teacher else None
+            )
+            for b in batches
+        ]
 
         def record(output: SwitchOutput, sums: TokenLosses | None, one: MicroBatch) -> None:
             losses.add(sums, output.aux_loss.detach(), one.rows)
@@ -243,10 +258,12 @@ class Trainer:
             self.failure = error
             return []
 
-    def _validate(self, step: int, display: Display) -> None:
-        metrics = validate(self.runner, self.validation)
+    def _validate(self, step: int, display: Display) -> bool:
+        """Measure on held-out data; whether this is the best so far, and to be kept."""
+        metrics = validate(self.runner, self.validation) | self.exam.figures()
         self._write(step, {f"valid/{key}": value for key, value in metrics.items()})
         display.validation(step, metrics)
+        return self.exam.record(step, metrics) and self.config.checkpoint.keep_best
 
     def _write(self, step: int, metrics: dict[str, Any]) -> None:
         """Log on rank 0; a failure is kept for `_step`."""
@@ -259,9 +276,11 @@ class Trainer:
                 "space there and start the same command again"
             )
 
-    def _save(self, *, wait: bool) -> str:
+    def _save(self, *, wait: bool, best: bool = False) -> str:
         """Save; in the background, unless it is to be waited for. Says what happened."""
-        path = self.checkpoints.save(self.config, self.state, self.parts.weights, self.optimizer)
+        path = self.checkpoints.save(
+            self.config, self.state, self.parts.weights, self.optimizer, best=best
+        )
         if wait:
             self.checkpoints.wait()
         elif self.config.checkpoint.background:
@@ -297,6 +316,33 @@ class Trainer:
             "Try a lower optim.learning_rate, a longer warm-up, optim.clip_grad_norm=1.0, or "
             "train.precision='fp32'"
         )
+
+
+def _first_state(
+    config: RunConfig,
+    mesh: Mesh,
+    parts: Parts,
+    optimizer: torch.optim.Optimizer,
+    manager: CheckpointManager,
+    loader: Samples,
+    distillation: Distillation | None,
+) -> TrainState:
+    """Fill weights and optimizer: from the run's newest checkpoint, from another run, or anew."""
+    newest = next(reversed(checkpoints(manager.folder)), None)
+    teacher = distillation.fingerprint if distillation else ""
+    with mesh.together():
+        check_same_view(mesh, config, loader, newest)
+        if newest:
+            check_resume(newest, config, loader, teacher)
+    if newest:
+        info(f"resuming from {newest}")
+        return manager.restore(newest, parts.weights, optimizer)
+    parts.initialize(config.train.seed)
+    if config.train.init_from:
+        take_weights(Path(config.train.init_from), config, parts, mesh)
+    if distillation and config.distill.copy_weights:
+        copy_weights(config, mesh, parts.weights)
+    return TrainState(step=0, samples=0, fingerprint=loader.fingerprint, teacher=teacher)
 
 
 class _Interrupt:

@@ -18,7 +18,7 @@ from torch import Tensor
 from megaswitch.config import RunConfig
 from megaswitch.data.span_corruption import Seq2SeqBatch
 from megaswitch.layers.noise import Noise
-from megaswitch.model.router import Routing, SwitchRouter
+from megaswitch.model.router import Router, Routing
 from megaswitch.optim.build import build_optimizer, clip_gradients
 from megaswitch.parallel.mesh import Mesh
 from megaswitch.train.objectives import BatchSize, MicroBatch
@@ -91,6 +91,7 @@ class Training:
     mesh: Mesh
     parts: Parts
     lengths: tuple[int, int] = (ENCODER, DECODER)
+    distillation: Any = None  # as of the runner
 
     @classmethod
     def start(
@@ -115,7 +116,8 @@ class Training:
         share = train.batch_size // dp.size
         starts = range(dp.rank * share, (dp.rank + 1) * share, train.micro_batch_size)
         batches = [batch(range(s, s + train.micro_batch_size), self.lengths) for s in starts]
-        return [MicroBatch.of(b, CPU, Noise(1, step, b.sample_index)) for b in batches]
+        known = self.distillation.known if self.distillation else lambda _: None
+        return [MicroBatch.of(b, CPU, Noise(1, step, b.sample_index), known(b)) for b in batches]
 
     def steps(self, number: int) -> Outcome:
         """Train, and tell."""
@@ -124,6 +126,7 @@ class Training:
         size = BatchSize(len(whole.encoder_tokens), int(whole.decoder_mask.sum()))
         optimizer = build_optimizer(self.parts.parameters(), self.config.optim)
         runner = Runner(self.config, self.mesh, self.parts)
+        runner.distillation = self.distillation
         auxiliary = torch.zeros((), dtype=torch.float64)
 
         def record(output: Any, sums: Any, micro: MicroBatch) -> None:
@@ -148,6 +151,10 @@ class Training:
         held = {}
         for name, w in self.parts.weights.items():
             tensor = w.local.grad if what == "gradients" else w.local.detach()
+            if what == "gradients" and not w.parameter.requires_grad:
+                assert w.parameter.grad is None, f"{name} is frozen and has a gradient"
+                assert tensor is None
+                continue
             assert tensor is not None
             held[name] = Held(w.block.shape, w.block.slices, tensor.clone())
         return held
@@ -185,7 +192,8 @@ class Routings:
 
     Attributes:
         dropped: real tokens that found no place.
-        margin: least distance between the probabilities of a token's two best experts.
+        margin: least distance between the probabilities of a token's two best experts; with
+            routers that send a token to several, see `margin_of_all_pairs`.
         tokens: by expert, of each forward pass of a layer, before any is dropped.
     """
 
@@ -194,16 +202,33 @@ class Routings:
         self.margin = math.inf
         self.tokens: list[list[int]] = []
         for module in parts.models[0].modules():
-            if isinstance(module, SwitchRouter):
+            if isinstance(module, Router):
                 module.register_forward_hook(self._look)
 
     def _look(self, router: Any, arguments: Any, routing: Routing) -> None:
         groups = arguments[1]
-        first, second = routing.probabilities.detach().topk(2, -1).values.unbind(-1)
-        self.margin = min(self.margin, float((first - second)[groups.exists].min()))
-        self.dropped += int((groups.real & ~routing.kept).sum())
-        chosen = routing.expert[groups.exists]
+        margin = margin_of_experts if routing.token is None else margin_of_all_pairs
+        self.margin = min(self.margin, margin(routing.probabilities.detach(), groups.exists))
+        kept = routing.by_token(routing.kept, groups.real.numel()).view(*groups.real.shape, -1)
+        self.dropped += int((groups.real & ~kept.any(-1)).sum())
+        experts = routing.by_token(routing.expert, groups.real.numel())[groups.exists.flatten()]
+        chosen = experts[experts >= 0]
         self.tokens.append(torch.bincount(chosen, minlength=len(router.weight)).tolist())
+
+
+def margin_of_experts(probabilities: Tensor, exists: Tensor) -> float:
+    """Least distance of a token's two best experts, of probabilities [G, S, E]."""
+    first, second = probabilities[exists].topk(2, -1).values.unbind(-1)
+    return float((first - second).min())
+
+
+def margin_of_all_pairs(probabilities: Tensor, exists: Tensor) -> float:
+    """Least relative distance of any two experts of a token, or two tokens of an expert's group."""
+    least = math.inf
+    for group, there in zip(probabilities, exists, strict=True):
+        for ranked in (group[there].sort(-1).values, group[there].t().sort(-1).values):
+            least = min(least, float((ranked.diff(dim=-1) / ranked[..., 1:]).min()))
+    return least
 
 
 def assemble(parts: Iterable[dict[str, Held]]) -> tuple[dict[str, Tensor], set[str]]:
@@ -250,7 +275,7 @@ def compare(
     numbers = {}
     for name in ("loss", "auxiliary", "norm"):
         expected = getattr(alone, name)
-        errors = [abs(getattr(o, name) - expected) / abs(expected) for o in outcomes]
+        errors = [abs(getattr(o, name) - expected) / (abs(expected) or 1.0) for o in outcomes]
         if not max(errors) <= bound or any(math.isnan(e) for e in errors):
             numbers[name] = f"off by {max(errors):.1e}"
     wrong = {

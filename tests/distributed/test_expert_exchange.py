@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import deterministic
 
 from megaswitch.config import RunConfig
-from megaswitch.model.router import SwitchRouter
+from megaswitch.model.router import Router
 from megaswitch.parallel.expert_parallel import Shipment
 from megaswitch.train.parts import Parts
 from tests.distributed.equality import Outcome, Routings, Training, compare, working_in
@@ -47,7 +47,7 @@ def prefer(parts: Parts, liked: tuple[int, ...]) -> None:
         parts.weights["embedding.weight"].local[:, :5] = 5.0
         for model in parts.models.values():
             for module in model.modules():
-                if isinstance(module, SwitchRouter):
+                if isinstance(module, Router):
                     module.weight[:, :5] = -1.0
                     module.weight[list(liked), :5] = 1.0
 

@@ -20,7 +20,8 @@ from transformers import (
 )
 
 import megaswitch
-from megaswitch.checkpoint.huggingface import config_from_hf, from_hf
+from megaswitch.checkpoint.huggingface import from_hf
+from megaswitch.checkpoint.huggingface_config import config_from_hf
 from megaswitch.model.switch_transformer import SwitchTransformer
 
 ROWS, PROMPT, NEW = 8, 64, 64

@@ -19,7 +19,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from megaswitch.checkpoint.huggingface import config_from_hf, config_to_hf, from_hf, to_hf
+from megaswitch.checkpoint.huggingface import from_hf, to_hf
+from megaswitch.checkpoint.huggingface_config import config_from_hf, config_to_hf
 from megaswitch.config import ModelConfig, MoEConfig, model_config
 from megaswitch.log import UserError
 from megaswitch.model.switch_transformer import SwitchTransformer
@@ -256,9 +257,9 @@ def test_every_preset_is_exported_or_refused_by_name(preset: str) -> None:
         assert config_from_hf(config_to_hf(config)) == expected
         assert gated_and_tied == (preset in ("t5-base-paper", "t5-large-paper"))
         return
-    with pytest.raises(UserError, match=r"gated experts|capacity_mode='group'"):
+    with pytest.raises(UserError, match=r"gated experts|capacity_mode='group'|top-2"):
         config_to_hf(config)
-    dropless = with_moe(config, capacity_mode="dropless")
+    dropless = with_moe(config, capacity_mode="dropless", router="switch")
     if config.activation != "relu":
         with pytest.raises(UserError, match="no gated experts"):
             config_to_hf(dropless)
@@ -354,7 +355,8 @@ def test_sparse_layers_are_those_of_hf_or_refused(layers: int) -> None:
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("t5", {"model_type": "mt5"}, "model_type='mt5' cannot be converted; it must be"),
+        ("t5", {"model_type": "umt5"}, "model_type='umt5' cannot be converted: each of its layers"),
+        ("t5", {"model_type": "longt5"}, "model_type='longt5' cannot be converted; it must be"),
         ("t5", {"model_type": None}, "model_type=None"),
         ("t5", {"d_ff": None}, "lacks d_ff"),
         ("switch", {"num_experts": None, "num_decoder_layers": None},

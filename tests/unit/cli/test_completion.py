@@ -149,7 +149,7 @@ def test_bash_completes(tmp_path):
         compopt() {{ echo "compopt $2"; }}
         COMP_WORDS=(megaswitch train run.toml --model.preset = switch-xxl-6); COMP_CWORD=5
         _megaswitch_completion megaswitch; echo "${{COMPREPLY[@]}}"; COMPREPLY=()
-        COMP_WORDS=(megaswitch train run.toml --checkpoint.k); COMP_CWORD=3
+        COMP_WORDS=(megaswitch train run.toml --checkpoint.i); COMP_CWORD=3
         _megaswitch_completion megaswitch; echo "${{COMPREPLY[@]}}"
     """
     process = subprocess.run(
@@ -158,7 +158,7 @@ def test_bash_completes(tmp_path):
     assert process.stdout.splitlines() == [
         "switch-xxl-64-paper",
         "compopt nospace",
-        "--checkpoint.keep=",
+        "--checkpoint.interval=",
     ]
 
 

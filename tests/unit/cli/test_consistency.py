@@ -117,6 +117,7 @@ assert not heavy, heavy
         ("presets",),
         ("presets", "--json"),
         ("train", "--keys"),
+        ("finetune", "--tasks"),
         ("completion", "zsh"),
         ("inspect", "{run}"),
         ("inspect", "{run}", "--json"),

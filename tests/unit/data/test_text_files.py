@@ -1,16 +1,20 @@
 import gzip
 import json
+import lzma
 import tracemalloc
+import zlib
 
 import pytest
 import zstandard
 
-from megaswitch.data.text_files import RejectionLog, check_inputs, read_documents
+from megaswitch.data.blocks import check_inputs
+from megaswitch.data.text_files import RejectionLog, read_documents
 from megaswitch.log import UserError
 
 COMPRESS = {
     "": lambda b: b,
     ".gz": gzip.compress,
+    ".xz": lzma.compress,
     ".zst": zstandard.ZstdCompressor().compress,
 }
 
@@ -72,7 +76,7 @@ def test_rejections_are_counted_beyond_those_kept(tmp_path):
     assert "a.jsonl:1: not JSON" in str(log)
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
 def test_long_and_joined_streams(tmp_path, suffix):
     text = "".join(json.dumps({"text": f"document {i} " + "x" * 3_000}) + "\n" for i in range(200))
     half = len(text) // 2
@@ -80,13 +84,11 @@ def test_long_and_joined_streams(tmp_path, suffix):
     path.write_bytes(
         COMPRESS[suffix](text[:half].encode()) + COMPRESS[suffix](text[half:].encode())
     )
-    read_bytes = []
-    documents = list(read_documents(path, reject=RejectionLog(), advance=read_bytes.append))
+    documents = list(read_documents(path, reject=RejectionLog()))
     assert [d.text.split()[1] for d in documents] == [str(i) for i in range(200)]
-    assert sum(read_bytes) == path.stat().st_size
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
 @pytest.mark.parametrize("keep", [0, 1, 10, 0.5, -1])
 def test_cut_off_files_are_refused(tmp_path, suffix, keep):
     whole = COMPRESS[suffix](b"".join(b"%d some words\n\n" % (i * i) for i in range(20_000)))
@@ -96,7 +98,7 @@ def test_cut_off_files_are_refused(tmp_path, suffix, keep):
         read(path)
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
 @pytest.mark.parametrize("at", [0, 0.5])
 def test_corrupt_files_are_refused(tmp_path, suffix, at):
     compress = COMPRESS[suffix]
@@ -111,6 +113,28 @@ def test_corrupt_files_are_refused(tmp_path, suffix, at):
         read(path)
 
 
+def test_zeros_between_xz_streams_are_padding(tmp_path):
+    padding = b"\0" * 4
+    streams = [lzma.compress(f"{word}\n\n".encode()) for word in ("bada", "kilo")]
+    (tmp_path / "a.txt.xz").write_bytes(padding.join(streams) + padding * 300)
+    assert read(tmp_path / "a.txt.xz") == ([(1, "bada"), (3, "kilo")], [])
+
+
+def test_an_xz_file_that_wants_much_memory_is_refused(tmp_path):
+    filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 20}]
+    honest = lzma.compress(b"bada", filters=filters)
+    (tmp_path / "a.txt.xz").write_bytes(honest)
+    assert read(tmp_path / "a.txt.xz") == ([(1, "bada")], [])
+    # The same with a header that asks for 1 GiB: byte 16 is the dictionary's size, then a CRC.
+    block = bytearray(honest[12:24])
+    assert block[2:4] == b"\x21\x01"
+    block[4] = 36
+    block[8:12] = zlib.crc32(block[:8]).to_bytes(4, "little")
+    (tmp_path / "a.txt.xz").write_bytes(honest[:12] + block + honest[24:])
+    with pytest.raises(UserError, match=r"wants more than 256 MiB .* `xz -9` or less"):
+        read(tmp_path / "a.txt.xz")
+
+
 def test_garbage_behind_a_stream_is_refused(tmp_path):
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"text") + b"garbage")
     with pytest.raises(UserError, match="is corrupt"):
@@ -118,7 +142,7 @@ def test_garbage_behind_a_stream_is_refused(tmp_path):
 
 
 def test_a_document_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("megaswitch.data.text_files._MAX_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr("megaswitch.data.blocks.MAX_DOCUMENT_BYTES", 100)
     (tmp_path / "a.txt").write_text("word word\n" * 20)
     with pytest.raises(UserError, match=r"line 1 of .* needs a blank line between documents"):
         read(tmp_path / "a.txt")
@@ -127,7 +151,7 @@ def test_a_document_without_end_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize("suffix", COMPRESS)
 @pytest.mark.parametrize("kind", [".jsonl", ".txt"])
 def test_a_line_too_long_to_hold_is_passed_over(tmp_path, monkeypatch, suffix, kind):
-    monkeypatch.setattr("megaswitch.data.text_files._MAX_DOCUMENT_BYTES", 1 << 20)
+    monkeypatch.setattr("megaswitch.data.blocks.MAX_DOCUMENT_BYTES", 1 << 20)
     documents = [b"bada", b"x" * (1 << 27), b"kilo"]
     if kind == ".jsonl":
         documents = [b'{"text": "' + document + b'"}' for document in documents]
@@ -145,7 +169,7 @@ def test_a_line_too_long_to_hold_is_passed_over(tmp_path, monkeypatch, suffix, k
 
 
 def test_a_last_line_too_long_to_hold_is_passed_over(tmp_path, monkeypatch):
-    monkeypatch.setattr("megaswitch.data.text_files._MAX_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr("megaswitch.data.blocks.MAX_DOCUMENT_BYTES", 100)
     (tmp_path / "a.txt").write_text("x" * 100 + "\n\n" + "x" * 101)
     assert read(tmp_path / "a.txt") == ([(1, "x" * 100)], [(3, "longer than 100 bytes")])
 

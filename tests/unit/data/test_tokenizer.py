@@ -48,7 +48,10 @@ def test_sentinels_that_do_not_exist_are_text(tokenizer_path):
 
 def test_batches_equal_single_texts_but_take_sentinels_for_text(tokenizer, make_text):
     texts = make_text(50, seed=9)
-    assert tokenizer.encode_batch(texts, threads=2) == [tokenizer.encode(t) for t in texts]
+    expected = [tokenizer.encode(t) for t in texts]
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == expected
+    ended = [ids.tolist() for ids in tokenizer.encode_batch(texts, eos=True)]
+    assert ended == [[*ids, tokenizer.eos_id] for ids in expected]
     (ids,) = tokenizer.encode_batch(["<extra_id_0>"])
     assert max(ids) < VOCAB - 100
 

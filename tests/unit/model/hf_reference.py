@@ -21,7 +21,8 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 )
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from megaswitch.checkpoint.huggingface import config_from_hf, from_hf, to_hf
+from megaswitch.checkpoint.huggingface import from_hf, to_hf
+from megaswitch.checkpoint.huggingface_config import config_from_hf
 from megaswitch.layers.vocab import token_losses
 from megaswitch.model.switch_transformer import SwitchOutput, SwitchTransformer
 
@@ -63,11 +64,10 @@ def t5(*, gated: bool, seed: int = 0) -> T5ForConditionalGeneration:
 def switch(
     *, layers: tuple[int, int] = (4, 2), step: int = 2, seed: int = 0, **config: Any
 ) -> SwitchTransformersForConditionalGeneration:
-    """HF's Switch; `config` goes over a capacity that no row fills."""
-    defaults = {"num_experts": 4, "expert_capacity": 1000, "router_jitter_noise": 0.0}
+    """HF's Switch; `config` goes over `SHAPE` and over a capacity that no row fills."""
+    defaults = SHAPE | {"num_experts": 4, "expert_capacity": 1000, "router_jitter_noise": 0.0}
     encoder, decoder = layers
     hf_config = SwitchTransformersConfig(
-        **SHAPE,
         num_layers=encoder,
         num_decoder_layers=decoder,
         num_sparse_encoder_layers=encoder // step,

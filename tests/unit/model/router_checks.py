@@ -14,7 +14,8 @@ import torch
 from megaswitch.config import ModelConfig, MoEConfig
 from megaswitch.layers.noise import Noise
 from megaswitch.model.moe import SwitchFFN, group_tokens
-from megaswitch.model.router import Routing, SwitchRouter
+from megaswitch.model.router import Router, Routing, SwitchRouter
+from megaswitch.model.routers import ROUTERS
 from megaswitch.model.switch_transformer import SwitchTransformer
 
 # Six tokens over three experts. Logits are log-probabilities, so that the softmax gives them back
@@ -36,9 +37,10 @@ def config(d_model: int, *, activation: str = "relu", d_ff: int = 5, **moe) -> M
     return ModelConfig(d_model=d_model, d_ff=d_ff, activation=activation, moe=MoEConfig(**moe))
 
 
-def identity_router(num_experts: int, *, training: bool = False, **moe) -> SwitchRouter:
+def identity_router(num_experts: int, *, training: bool = False, **moe) -> Router:
     """A router whose input is its logits."""
-    router = SwitchRouter(config(num_experts, num_experts=num_experts, **moe)).train(training)
+    shape = config(num_experts, num_experts=num_experts, **moe)
+    router = ROUTERS[shape.moe.router](shape).train(training)
     torch.nn.init.eye_(router.weight)
     return router
 

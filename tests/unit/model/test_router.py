@@ -402,9 +402,10 @@ def test_jitter_factors_stay_in_range_and_fill_it():
     ffn = layer(num_experts=4, jitter=eps)
     with torch.no_grad():
         ffn.router.weight.copy_(torch.eye(4))
-    ffn.router.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
+    ffn.router.register_forward_pre_hook(lambda module, args: seen.append(args))
     ffn(router_input, torch.ones(2, 64) > 0, 2, Noise(0, 0, torch.arange(2)))
-    (factors,) = seen
+    ((x, _, draws),) = seen
+    factors = ffn.router._jitter_factors(x, draws)
     assert factors.shape == (1, 128, 4)
     assert 1 - eps <= factors.min() < 1 - 0.95 * eps
     assert 1 + 0.95 * eps < factors.max() < 1 + eps

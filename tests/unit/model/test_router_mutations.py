@@ -15,12 +15,12 @@ from tests.unit.model.router_checks import CHECKS
 
 
 def replace_routing(patch, change):
-    """Let `change(router, routing, x, groups, jitter)` give other fields for the `Routing`."""
+    """Let `change(router, routing, x, groups, draws)` give other fields for the `Routing`."""
     forward = SwitchRouter.forward
 
-    def mutated(self, x, groups, jitter):
-        routing = forward(self, x, groups, jitter)
-        return dataclasses.replace(routing, **change(self, routing, x, groups, jitter))
+    def mutated(self, x, groups, draws):
+        routing = forward(self, x, groups, draws)
+        return dataclasses.replace(routing, **change(self, routing, x, groups, draws))
 
     patch.setattr(SwitchRouter, "forward", mutated)
 
@@ -69,26 +69,22 @@ def capacity_rounds_to_nearest(patch):
 
 
 def padding_takes_slots(patch):
-    kept = SwitchRouter._kept
+    candidates = SwitchRouter._candidates
 
-    def mutated(self, expert, groups, slots):
-        filled = dataclasses.replace(groups, real=groups.exists)
-        return kept(self, expert, filled, slots) & groups.real
+    def change(self, routing, x, groups, draws):
+        right = candidates(self, groups)
+        filled = self._kept(routing.expert, groups.exists, self._slots(groups))
+        return {"kept": filled & right}
 
-    patch.setattr(SwitchRouter, "_kept", mutated)
+    replace_routing(patch, change)
 
 
 def hf_mode_skips_padding(patch):
-    kept = SwitchRouter._kept
-
-    def mutated(self, expert, groups, slots):
-        return kept(self, expert, dataclasses.replace(groups, exists=groups.real), slots)
-
-    patch.setattr(SwitchRouter, "_kept", mutated)
+    patch.setattr(SwitchRouter, "_candidates", lambda self, groups: groups.real)
 
 
 def balance_of_kept_tokens_only(patch):
-    def change(self, routing, x, groups, jitter):
+    def change(self, routing, x, groups, draws):
         chosen = F.one_hot(routing.expert, self.config.num_experts) * routing.kept[..., None]
         f, p = chosen.double().mean(1), routing.probabilities.mean(1)
         share = groups.real.double().mean(1)
@@ -134,8 +130,8 @@ def dropped_tokens_pass_through(patch):
     """HF 4.x gave a dropped token its probability times itself."""
     forward = moe.SwitchFFN.forward
 
-    def mutated(self, x, mask, rows_per_group, noise):
-        y, routing = forward(self, x, mask, rows_per_group, noise)
+    def mutated(self, x, mask, rows_per_group, noise, first=0):
+        y, routing = forward(self, x, mask, rows_per_group, noise, first)
         rows, length = mask.shape
         kept, gate = (
             t.flatten()[: mask.numel()].view(rows, length, 1) for t in (routing.kept, routing.gate)
@@ -163,8 +159,10 @@ def jitter_leaks_into_the_experts(patch):
     """HF multiplies in place."""
     forward = SwitchRouter.forward
 
-    def mutated(self, x, groups, jitter):
-        return forward(self, x if jitter is None else x.mul_(jitter), groups, None)
+    def mutated(self, x, groups, draws):
+        if draws is not None and draws.noise is not None:
+            x.mul_(self._jitter_factors(x, draws))
+        return forward(self, x, groups, None)
 
     patch.setattr(SwitchRouter, "forward", mutated)
 
@@ -172,11 +170,12 @@ def jitter_leaks_into_the_experts(patch):
 def jitter_added_to_the_logits(patch):
     """The paper's Figure 15."""
 
-    def change(self, routing, x, groups, jitter):
-        if jitter is None:
+    def change(self, routing, x, groups, draws):
+        if draws is None or draws.noise is None:
             return {}
         logits = F.linear(x, self.weight.to(x.dtype))
-        return {"probabilities": torch.softmax(logits + jitter[..., : logits.shape[-1]], -1)}
+        factors = self._jitter_factors(x, draws)[..., : logits.shape[-1]]
+        return {"probabilities": torch.softmax(logits + factors, -1)}
 
     replace_routing(patch, change)
 

@@ -1,0 +1,1 @@
+"""Many runs, and huge ones: studies, fits and comparisons; plans and rehearsals."""

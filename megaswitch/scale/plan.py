@@ -1,0 +1,248 @@
+"""Layouts of a run on a machine, searched: the fastest that fit, and why others do not."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any, Literal
+
+from megaswitch.config import ParallelConfig, RunConfig
+from megaswitch.rules import check
+from megaswitch.scale.estimate import Estimate, estimate
+from megaswitch.scale.hardware import Hardware
+from megaswitch.scale.profile import Profile, profile, smallest_micro_batch
+from megaswitch.scale.rehearsal import row_lengths
+
+_ZERO: tuple[Literal["none", "optimizer", "full"], ...] = ("none", "optimizer", "full")
+_STAGES = 16  # most pipeline ranks that are tried
+_MICRO_BATCHES = (1, 2, 4, 8)  # multiples of the smallest that are tried
+_DAY = 86400.0
+
+
+@dataclass
+class Plan:
+    """What a search found.
+
+    Attributes:
+        hardware: of each rank.
+        world: ranks.
+        best: those that fit, the fastest first.
+        rejected: how many layouts were not taken, by reason.
+        smallest: of those that do not fit, the one that needs least memory.
+        remedies: what would make it fit, the smallest change first; empty where something fits.
+    """
+
+    hardware: Hardware
+    world: int
+    best: list[Estimate] = field(default_factory=list)
+    rejected: Counter[str] = field(default_factory=Counter)
+    smallest: Estimate | None = None
+    remedies: list[str] = field(default_factory=list)
+
+
+def search(config: RunConfig, world: int, hardware: Hardware, *, keep: int = 5) -> Plan:
+    """Try layouts of `config`, whose own layout counts for nothing but its other options.
+
+    What changes results is left as it is: model, batch, precision, optimizer.
+
+    Args:
+        config: of the run.
+        world: ranks.
+        hardware: of each.
+        keep: how many of the best.
+    """
+    lengths = row_lengths(config)
+    profiles = _profiles(config, lengths)
+    plan = Plan(hardware, world)
+    found: list[Estimate] = []
+    for candidate in _candidates(config, world, hardware, lengths):
+        problems = check(candidate, world)
+        if problems:
+            plan.rejected[_rule(problems[0])] += 1
+            continue
+        one = estimate(candidate, world, lengths, profiles, hardware)
+        if one.memory.total > hardware.memory:
+            plan.rejected["needs more memory than a GPU has"] += 1
+            least = plan.smallest
+            if least is None or one.memory.total < least.memory.total:
+                plan.smallest = one
+        else:
+            found.append(one)
+    found.sort(key=lambda e: e.seconds.total)
+    plan.best = found[:keep]
+    plan.rejected["fits, but is slower"] = len(found) - len(plan.best)
+    if not found:
+        plan.remedies = list(_remedies(config, world, hardware, plan))
+    return plan
+
+
+def _profiles(config: RunConfig, lengths: tuple[int, int]) -> Any:
+    @cache
+    def of(tp: int, exchanges: bool) -> Profile:
+        return profile(config, lengths, tp, exchanges)
+
+    return of
+
+
+def _rule(problem: str) -> str:
+    """The keys that a problem speaks of, to count problems alike together."""
+    return "breaks the rule of " + problem.split("=")[0].strip()
+
+
+def _candidates(
+    config: RunConfig, world: int, hardware: Hardware, lengths: tuple[int, int]
+) -> Iterator[RunConfig]:
+    model = config.model
+    experts = model.moe.num_experts
+    blocks = model.num_encoder_layers + model.num_decoder_layers
+    for tp in _divisors(min(world, hardware.node_gpus)):
+        if world % tp or model.num_heads % tp:
+            continue
+        unit = smallest_micro_batch(config, lengths, tp)
+        for pp in _divisors(world // tp):
+            if pp > min(_STAGES, blocks):
+                break
+            ranks = world // (tp * pp)
+            for ep in _divisors(math.gcd(experts, ranks)) if experts else [1]:
+                for times in _MICRO_BATCHES:
+                    if unit * times * ranks > config.train.batch_size:
+                        break
+                    yield from _options(config, (pp, ep, tp), unit * times, ranks)
+
+
+def _options(
+    config: RunConfig, sizes: tuple[int, int, int], rows: int, ranks: int
+) -> Iterator[RunConfig]:
+    pp, ep, tp = sizes
+    own = config.parallel
+    schedules: list[dict[str, Any]] = [{}]
+    if pp > 1:
+        schedules = [{"schedule": "1f1b"}, {"schedule": "interleaved", "stages_per_rank": 2}]
+    for zero in _ZERO if ranks > 1 else ("none",):
+        for schedule in schedules:
+            parallel = ParallelConfig(
+                pp=pp, ep=ep, tp=tp, zero=zero, sequence_parallel=own.sequence_parallel,
+                timeout=own.timeout, **schedule,
+            )  # fmt: skip
+            for again in (False, True):
+                train = replace(config.train, micro_batch_size=rows, activation_checkpointing=again)
+                yield replace(config, train=train, parallel=parallel)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _remedies(config: RunConfig, world: int, hardware: Hardware, plan: Plan) -> Iterator[str]:
+    """What to change where nothing fits, each tried before it is told."""
+    if plan.smallest is None:
+        yield (
+            f"no layout of {world} ranks keeps the rules; see the reasons above. Larger batches "
+            "(--train.batch_size) or another number of ranks (--world) allow more"
+        )
+        return
+    lengths = row_lengths(config)
+    if config.optim.name == "adamw":
+        lean = replace(config, optim=replace(config.optim, name="adafactor"))
+        if fits := _first_fit(lean, world, hardware, lengths):
+            yield f"--optim.name=adafactor needs {fits.memory.total / 1e9:.0f} GB on a GPU"
+    for times in (2, 4, 8, 16):
+        larger = config.train.batch_size * times
+        more = replace(config, train=replace(config.train, batch_size=larger))
+        for name, one in (("", config), (f" --train.batch_size={larger}", more)):
+            if fits := _first_fit(one, world * times, hardware, lengths):
+                total = fits.memory.total / 1e9
+                yield f"--world {world * times}{name} needs {total:.0f} GB on a GPU"
+                return
+    need = plan.smallest.memory.total / 1e9
+    yield (
+        f"the leanest layout needs GPUs of {need:.0f} GB, and {hardware.name} has "
+        f"{hardware.memory / 1e9:.0f} GB; choose a smaller model or other --hardware"
+    )
+
+
+def _first_fit(
+    config: RunConfig, world: int, hardware: Hardware, lengths: tuple[int, int]
+) -> Estimate | None:
+    profiles = _profiles(config, lengths)
+    for candidate in _candidates(config, world, hardware, lengths):
+        if not check(candidate, world):
+            one = estimate(candidate, world, lengths, profiles, hardware)
+            if one.memory.total <= hardware.memory:
+                return one
+    return None
+
+
+def tokens_of_run(config: RunConfig) -> float:
+    """Tokens of both streams that the run's steps read."""
+    return float(config.train.steps * config.train.batch_size * sum(row_lengths(config)))
+
+
+def days(one: Estimate, tokens: float, hardware: Hardware) -> tuple[float, float]:
+    """Days to read so many tokens without a failure, and with failures.
+
+    A failure loses half of what lies between two checkpoints, and ten minutes to start again.
+    """
+    seconds = tokens / one.tokens_per_second
+    interval = (one.config.checkpoint.interval or one.config.train.steps) * one.seconds.total
+    between = hardware.hours_between_failures * 3600 / one.world
+    lost = min(interval, seconds) / 2 + 600
+    return seconds / _DAY, seconds * (1 + lost / between) / _DAY
+
+
+def as_table(plan: Plan, tokens: float) -> dict[str, Any]:
+    """For programs. Bytes, seconds, days and dollars."""
+    return {
+        "world": plan.world,
+        "hardware": dataclasses.asdict(plan.hardware),
+        "tokens": tokens,
+        "best": [_row(one, tokens, plan.hardware) for one in plan.best],
+        "rejected": dict(plan.rejected.most_common()),
+        "leanest": _row(plan.smallest, tokens, plan.hardware) if plan.smallest else None,
+        "remedies": plan.remedies,
+    }
+
+
+def _row(one: Estimate, tokens: float, hardware: Hardware) -> dict[str, Any]:
+    parallel, train = one.config.parallel, one.config.train
+    smooth, real = days(one, tokens, hardware)
+    return {
+        "pp": parallel.pp,
+        "ep": parallel.ep,
+        "tp": parallel.tp,
+        "edp": one.world // (parallel.pp * parallel.ep * parallel.tp),
+        "schedule": parallel.schedule,
+        "stages_per_rank": parallel.stages_per_rank,
+        "zero": parallel.zero,
+        "micro_batch_size": train.micro_batch_size,
+        "activation_checkpointing": train.activation_checkpointing,
+        "memory": {**vars(one.memory), "total": one.memory.total},
+        "seconds": {**vars(one.seconds), "total": one.seconds.total},
+        "tokens_per_second": one.tokens_per_second,
+        "mfu": one.mfu,
+        "days": smooth,
+        "days_with_failures": real,
+        "dollars": real * 24 * one.world * hardware.dollars_per_hour,
+    }
+
+
+def sbatch(one: Estimate, hardware: Hardware, config_file: str) -> str:
+    """A SLURM job that runs `config_file` in the layout."""
+    gpus = min(hardware.node_gpus, one.world)
+    nodes = -(-one.world // gpus)
+    return f"""#!/bin/bash
+#SBATCH --job-name=megaswitch
+#SBATCH --nodes={nodes}
+#SBATCH --ntasks-per-node={gpus}
+#SBATCH --gpus-per-node={gpus}
+#SBATCH --exclusive
+#SBATCH --signal=TERM@300
+#SBATCH --requeue
+
+# The same command goes on from the newest checkpoint.
+srun megaswitch train {config_file}
+"""
