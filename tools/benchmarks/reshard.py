@@ -36,7 +36,7 @@ from megaswitch.files import sha256
 from megaswitch.train.relayout import Changes, plan_fresh
 
 SOURCE = ["--parallel.pp=2", "--parallel.tp=2"]  # 4 ranks
-TARGET = ["--parallel.ep=4", "--parallel.tp=2"]  # 8 ranks
+TARGET = ["--parallel.ep=8", "--parallel.tp=2"]  # 16 ranks
 MEMORY = "1GiB"
 PHASES = ("throughput", "kill", "memory", "dry-run")
 
