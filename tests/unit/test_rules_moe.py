@@ -2,7 +2,8 @@
 
 import pytest
 
-from megaswitch.checkpoint.huggingface import config_from_hf, config_to_hf, to_hf
+from megaswitch.checkpoint.huggingface import to_hf
+from megaswitch.checkpoint.huggingface_config import config_from_hf, config_to_hf
 from megaswitch.config import ModelConfig, MoEConfig, from_toml, load_config, to_toml
 from megaswitch.log import ConfigError, UserError
 from megaswitch.model.switch_transformer import SwitchTransformer
