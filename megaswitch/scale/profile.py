@@ -20,9 +20,10 @@ from megaswitch.layers.linear import GroupedLinear, Linear
 from megaswitch.model.blocks import Block
 from megaswitch.model.moe import SwitchFFN
 from megaswitch.model.switch_transformer import rows_per_group
+from megaswitch.parallel.absent import absent_peers
 from megaswitch.parallel.mesh import Mesh
 from megaswitch.scale.recorder import Recorder
-from megaswitch.scale.rehearsal import Rehearsal, absent_peers
+from megaswitch.scale.rehearsal import Rehearsal
 from megaswitch.train.objectives import BatchSize, MicroBatch, forward, training_loss
 from megaswitch.train.parts import Parts
 

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megaswitch.config import RunConfig
 from megaswitch.data.span_corruption import Seq2SeqBatch, span_shape
@@ -29,6 +28,7 @@ from megaswitch.model.moe import SwitchFFN
 from megaswitch.model.router import expert_capacity
 from megaswitch.model.switch_transformer import Inputs, rows_per_group
 from megaswitch.optim.build import build_optimizer
+from megaswitch.parallel.absent import absent_peers
 from megaswitch.parallel.mesh import Mesh
 from megaswitch.parallel.pipeline import Pipeline
 from megaswitch.parallel.weights import Weight
@@ -133,18 +133,6 @@ def schedule_orders(config: RunConfig, world: int) -> dict[int, list[Any]]:
             config.train.batch_size // share
         ).pipeline_order
         return orders
-
-
-@contextmanager
-def absent_peers(world: int, rank: int) -> Iterator[None]:
-    """A group of ranks of which none is there."""
-    if dist.is_initialized():
-        raise UserError("a rehearsal needs a process that is no rank itself; start it alone")
-    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 class Rehearsal:

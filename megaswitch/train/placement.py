@@ -8,15 +8,12 @@ divided; where the parts of the others lie follows from their place in the grid.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from megaswitch.checkpoint.contents import KEYS
 from megaswitch.checkpoint.placement import Held, Region
@@ -25,6 +22,7 @@ from megaswitch.data.span_corruption import span_shape
 from megaswitch.model.count import meta_model
 from megaswitch.optim.adafactor import Adafactor
 from megaswitch.optim.build import build_optimizer
+from megaswitch.parallel.absent import absent_peers
 from megaswitch.parallel.mesh import Mesh
 from megaswitch.parallel.weights import Weight, part_at, sharded_dim
 from megaswitch.train.parts import build_parts
@@ -49,7 +47,8 @@ def placements(config: RunConfig, ranks: int) -> dict[str, Held]:
     found: dict[str, Held] = {}
     stride = ranks // config.parallel.pp
     for stage in range(config.parallel.pp):
-        with pretended_mesh(config, stage * stride, ranks) as mesh:
+        with absent_peers(ranks, stage * stride):
+            mesh = replace(Mesh.over_ranks(torch.device("cpu"), config.parallel), device=_META)
             parts = build_parts(config, mesh, lengths=lengths)
             coordinates = _coordinates(mesh)
             members: dict[tuple[str, ...], dict[tuple[int, ...], list[int]]] = {}
@@ -64,25 +63,6 @@ def placements(config: RunConfig, ranks: int) -> dict[str, Held]:
                 else:
                     found[name] = one
     return found
-
-
-@contextmanager
-def pretended_mesh(config: RunConfig, rank: int, ranks: int) -> Iterator[Mesh]:
-    """The mesh as `rank` of a group would see it whose other ranks do not exist.
-
-    Not in a process that is in a group already.
-    """
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
-    try:
-        mesh = Mesh.over_ranks(torch.device("cpu"), config.parallel)
-        yield replace(mesh, device=_META)
-    finally:
-        dist.destroy_process_group()
-        # torch remembers what operations made of which mesh, and takes equal meshes for one, though
-        # another rank looks at it: parameters would think that they lie elsewhere.
-        _clear_sharding_prop_cache()
 
 
 def fresh_states(config: RunConfig) -> dict[str, list[str]]:

@@ -180,8 +180,9 @@ def measure(
     tallies = [_Tally(model, mesh.device) for _ in sources]
     work = [(index, rows) for index, s in enumerate(sources) for rows in s.batches()]
     mine = work[mesh.dp.rank :: mesh.dp.size]
-    # Ranks that exchange tokens run equally many batches: the last ones perhaps to no account.
-    lonely = mesh.axis("ep").size == 1
+    # Ranks that exchange tokens, or gather each other's weights, run equally many batches: the last
+    # ones perhaps to no account.
+    lonely = mesh.axis("ep").size == 1 and runner.config.parallel.zero == "none"
     passes = len(mine) if lonely else -(-len(work) // mesh.dp.size)
     training = runner.parts.training
     runner.parts.train(False)

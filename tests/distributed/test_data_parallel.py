@@ -143,13 +143,14 @@ def test_a_batch_that_two_ranks_cannot_share_is_refused_before_they_meet(run_opt
     assert "Traceback (most recent call last)" not in process.stderr.split("elastic")[0]
 
 
-def test_more_ranks_than_validation_batches(run_options, tmp_path):
+@pytest.mark.parametrize("zero", ["none", "full"])
+def test_more_ranks_than_validation_batches(run_options, tmp_path, zero):
     config = tmp_path / "run.toml"
     config.write_text("")
     few = ["--train.valid_samples=4", "--train.steps=2", "--train.valid_interval=1"]
     train = ["-m", "megaswitch", "train", str(config), *run_options, *few]
     launch(1, *train, f"--train.run_dir={tmp_path / 'one'}")
-    launch(2, *train)
+    launch(2, *train, f"--parallel.zero={zero}")
     one, two = (
         [m for m in read_metrics(tmp_path / name / "metrics.jsonl") if "valid/loss" in m]
         for name in ("one", "run")

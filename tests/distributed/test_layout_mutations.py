@@ -54,11 +54,11 @@ def untied(kind: str) -> Any:
 def aux_loss_times(factor: int) -> Any:
     original = runner.training_loss
 
-    def scaled(output: Any, batch: Any, whole: Any, config: RunConfig, tp: Any) -> Any:
+    def scaled(output: Any, batch: Any, whole: Any, config: RunConfig, *rest: Any) -> Any:
         moe = config.model.moe
         moe = replace(moe, aux_loss_weight=moe.aux_loss_weight * factor)
         changed = replace(config, model=replace(config.model, moe=moe))
-        return original(output, batch, whole, changed, tp)
+        return original(output, batch, whole, changed, *rest)
 
     return mock.patch.object(runner, "training_loss", scaled)
 
