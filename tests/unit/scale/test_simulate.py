@@ -16,7 +16,12 @@ TINY = '[model]\npreset = "switch-tiny"\n[train]\nmicro_batch_size = 2\nbatch_si
 
 
 @pytest.mark.parametrize(
-    "parallel", ["pp = 2\nep = 2\ntp = 2", 'ep = 2\nzero = "full"\nreplicas = 2', "tp = 4"]
+    "parallel",
+    [
+        "pp = 2\nep = 2\ntp = 2",
+        pytest.param('ep = 2\nzero = "full"\nreplicas = 2', marks=pytest.mark.long),
+        pytest.param("tp = 4", marks=pytest.mark.long),
+    ],
 )
 def test_each_parameter_is_counted_once_over_all_ranks(parallel):
     """By adding up what every single rank holds of its own, and by one rank of each kind."""
