@@ -27,7 +27,7 @@ def reference(logits, targets, mask):
 
 @pytest.fixture(params=[1, 4, 15, 100], ids=lambda rows: f"{rows} rows at a time")
 def _rows_at_a_time(request, monkeypatch):
-    monkeypatch.setattr(vocab, "_rows_in_cache", lambda logits: request.param)
+    monkeypatch.setattr(vocab, "rows_in_cache", lambda logits: request.param)
 
 
 @pytest.mark.usefixtures("_rows_at_a_time")
@@ -72,6 +72,6 @@ def test_counts():
 
 
 def test_a_cpu_takes_about_a_megabyte_and_never_less_than_a_row():
-    assert vocab._rows_in_cache(torch.empty(10, 32768)) == 8
-    assert vocab._rows_in_cache(torch.empty(10, 1 << 20)) == 1
-    assert vocab._rows_in_cache(torch.empty(10, 1 << 20, device="meta")) == 10
+    assert vocab.rows_in_cache(torch.empty(10, 32768)) == 8
+    assert vocab.rows_in_cache(torch.empty(10, 1 << 20)) == 1
+    assert vocab.rows_in_cache(torch.empty(10, 1 << 20, device="meta")) == 10
