@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from megaswitch.checkpoint.safetensors_file import DTYPES, ITEM_BYTES
-from megaswitch.checkpoint.stream import Buffer, Reader, window_region
 from megaswitch.checkpoint.tensor_files import StoredTensor, windows
+from megaswitch.checkpoint.windows import Buffer, Reader, window_region
 from megaswitch.log import UserError
 
 _WINDOW_BYTES = 4 << 20

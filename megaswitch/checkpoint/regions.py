@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from megaswitch.checkpoint.placement import Piece
 from megaswitch.checkpoint.safetensors_file import ITEM_BYTES
-from megaswitch.checkpoint.stream import window_region
 from megaswitch.checkpoint.tensor_files import StoredTensor, windows
+from megaswitch.checkpoint.windows import window_region
 
 # A piece, and the rank in whose file it lies.
 Placed = tuple[int, Piece]

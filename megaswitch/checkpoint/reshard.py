@@ -37,8 +37,8 @@ from megaswitch.checkpoint.manager import FORMAT, read_state
 from megaswitch.checkpoint.placement import Piece, head_of
 from megaswitch.checkpoint.regions import Region, regions
 from megaswitch.checkpoint.safetensors_file import DTYPES, ITEM_BYTES
-from megaswitch.checkpoint.stream import Bits, Buffer, Reader, Writer, read_sums
 from megaswitch.checkpoint.tensor_files import Part, StoredTensor, common
+from megaswitch.checkpoint.windows import Bits, Buffer, Reader, Writer, read_sums
 from megaswitch.files import lock, sha256, sync, write_durably
 from megaswitch.log import UserError
 

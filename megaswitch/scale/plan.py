@@ -15,7 +15,7 @@ from megaswitch.rules import check
 from megaswitch.scale.estimate import Estimate, estimate
 from megaswitch.scale.hardware import Hardware
 from megaswitch.scale.profile import Profile, profile, smallest_micro_batch
-from megaswitch.scale.rehearsal import row_lengths
+from megaswitch.train.placement import row_lengths
 
 _ZERO: tuple[Literal["none", "optimizer", "full"], ...] = ("none", "optimizer", "full")
 _STAGES = 16  # most pipeline ranks that are tried

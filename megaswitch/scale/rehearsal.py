@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from megaswitch.config import RunConfig
-from megaswitch.data.span_corruption import Seq2SeqBatch, span_shape
+from megaswitch.data.span_corruption import Seq2SeqBatch
 from megaswitch.layers.gradient_memory import GradientMemory
 from megaswitch.layers.kernels import rehearse
 from megaswitch.layers.noise import Noise
@@ -37,6 +37,7 @@ from megaswitch.scale.recorder import Collective, Recorder
 from megaswitch.scale.steps import PipelineSteps, PlainSteps
 from megaswitch.train.objectives import MicroBatch
 from megaswitch.train.parts import Parts, build_parts
+from megaswitch.train.placement import row_lengths
 from megaswitch.train.runner import Runner
 
 # The first of several axes that have the same ranks names them all.
@@ -78,22 +79,6 @@ class RankStep:
     def peak(self) -> int:
         """Bytes in use when most were."""
         return sum(self.memory.values())
-
-
-def row_lengths(config: RunConfig) -> tuple[int, int]:
-    """Tokens of encoder and decoder rows, without opening any data."""
-    data = config.data
-    if data.decoder_length is not None:
-        return data.encoder_length, data.decoder_length
-    if data.objective == "prefix-lm":
-        raise UserError(
-            "data.decoder_length is not set, and with data.objective='prefix-lm' only the data "
-            "tell it; give it: --data.decoder_length=N"
-        )
-    shape = span_shape(
-        data.encoder_length, data.noise_density, data.mean_span_length, data.random_roll
-    )
-    return data.encoder_length, shape[1]
 
 
 def rehearse_rank(config: RunConfig, world: int, rank: int, kind: str) -> RankStep:

@@ -9,9 +9,10 @@ from typing import Any
 from megaswitch.config import RunConfig
 from megaswitch.model.count import block_flops, head_flops
 from megaswitch.model.stages import balance
-from megaswitch.scale.rehearsal import RankStep, rehearse_rank, row_lengths, schedule_orders
+from megaswitch.scale.rehearsal import RankStep, rehearse_rank, schedule_orders
 from megaswitch.scale.routing import Load, simulate_routing
 from megaswitch.scale.timeline import Span, lay_out
+from megaswitch.train.placement import row_lengths
 
 
 @dataclass(frozen=True)

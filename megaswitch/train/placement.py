@@ -40,7 +40,7 @@ def placements(config: RunConfig, ranks: int) -> dict[str, Held]:
     Raises:
         UserError: ZeRO cannot divide a parameter so.
     """
-    lengths = _lengths(config)
+    lengths = row_lengths(config)
     if ranks == 1:
         parts = build_parts(config, Mesh(0, 1, _META, None), lengths=lengths)
         return {n: _held(w, {(): [0]}) for n, w in parts.weights.items()}
@@ -78,8 +78,8 @@ def fresh_states(config: RunConfig) -> dict[str, list[str]]:
     }
 
 
-def _lengths(config: RunConfig) -> tuple[int, int]:
-    """Of encoder and decoder rows, by which training balances its pipeline."""
+def row_lengths(config: RunConfig) -> tuple[int, int]:
+    """Tokens of encoder and decoder rows, as loaders choose them, without opening any data."""
     data = config.data
     if data.decoder_length is not None:
         return data.encoder_length, data.decoder_length

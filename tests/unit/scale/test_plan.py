@@ -14,8 +14,9 @@ from megaswitch.scale.estimate import estimate
 from megaswitch.scale.hardware import known, load_hardware
 from megaswitch.scale.plan import sbatch, search
 from megaswitch.scale.profile import profile
-from megaswitch.scale.rehearsal import rehearse_rank, row_lengths
+from megaswitch.scale.rehearsal import rehearse_rank
 from megaswitch.scale.sizes import of_stage
+from megaswitch.train.placement import row_lengths
 
 H100 = load_hardware("h100")
 BASE = '[model]\npreset = "switch-tiny"\n[train]\nprecision = "bf16"\nmicro_batch_size = 8\n'
