@@ -8,7 +8,6 @@ meanwhile, which stalls the training that a background save must not touch.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections import Counter, defaultdict
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaswitch.checkpoint.integrity import SUM, new_digest
 from megaswitch.checkpoint.safetensors_file import DTYPES
 from megaswitch.storage import writing
 
@@ -118,7 +118,7 @@ def write_chunks(path: Path, chunks: Sequence[Chunk]) -> dict[str, Any]:
         chunks: at most one of each tensor.
 
     Returns:
-        the file's length in bytes and its SHA-256.
+        the file's length in bytes and its checksum.
     """
     # Wide types first, so that every tensor is aligned to its type.
     chunks = sorted(chunks, key=lambda c: (-c.tensor.element_size(), c.name))
@@ -137,9 +137,9 @@ def write_streamed(
         placed: whether the file says where chunks belong, as our checkpoints do.
 
     Returns:
-        the file's length in bytes and its SHA-256.
+        the file's length in bytes and its checksum.
     """
-    digest, length = hashlib.sha256(), 0
+    digest, length = new_digest(), 0
     with writing(path) as file:
         start = memoryview(file_head(chunks, placed=placed))
         for data in chain([start], values):
@@ -149,7 +149,7 @@ def write_streamed(
                 digest.update(piece)
                 file.write(piece)
             length += len(data)
-    return {"bytes": length, "sha256": digest.hexdigest()}
+    return {"bytes": length, SUM: digest.hexdigest()}
 
 
 def file_head(chunks: Sequence[Chunk], *, placed: bool = True) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 import tempfile
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from megaswitch.checkpoint.integrity import SUM, new_digest
 from megaswitch.checkpoint.manager import TrainState, state_json
 from megaswitch.checkpoint.streams import Advance, Progress, Target, total_bytes, write_targets
 from megaswitch.config import ModelConfig, RunConfig, TrainConfig, to_toml
@@ -143,10 +143,12 @@ def check_space(destination: Path, targets: Sequence[Target], options: Options) 
 
 
 def write_bytes(path: Path, content: bytes) -> dict[str, object]:
-    """Write a small file; its length and SHA-256."""
+    """Write a small file; its length and checksum."""
     with writing(path) as file:
         file.write(content)
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    digest = new_digest()
+    digest.update(content)
+    return {"bytes": len(content), SUM: digest.hexdigest()}
 
 
 def read_tokenizer(path: Path, vocab_size: int) -> bytes:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -29,11 +29,18 @@ from torch import nn
 
 from megaswitch.checkpoint.chunks import Chunk, Place, shard_name, shares, write_chunks
 from megaswitch.checkpoint.contents import make_states, model_chunks, optimizer_chunks
-from megaswitch.checkpoint.integrity import damaged_checkpoint, misfits, once
+from megaswitch.checkpoint.integrity import (
+    damaged_checkpoint,
+    entry_of,
+    matches,
+    misfits,
+    once,
+    recorded_sum,
+)
 from megaswitch.checkpoint.staging import Staged, Staging
 from megaswitch.checkpoint.tensor_files import read_chunks, read_headers
 from megaswitch.config import RunConfig, from_toml, to_toml
-from megaswitch.files import sha256, sync, write_durably
+from megaswitch.files import sync, write_durably
 from megaswitch.log import UserError, warn
 from megaswitch.parallel.mesh import Mesh
 from megaswitch.parallel.weights import Weight
@@ -223,7 +230,7 @@ class CheckpointManager:
             aside.mkdir()
 
     def _write(self, aside: Path, chunks: list[Chunk]) -> dict[str, Any]:
-        """This rank's file; returns its size and SHA-256 by its name."""
+        """This rank's file; returns its size and checksum by its name."""
         if not chunks:
             return {}
         name = shard_name(self.mesh.rank, self.mesh.size)
@@ -243,7 +250,7 @@ class CheckpointManager:
             shutil.copyfile(self.tokenizer, aside / "tokenizer.model")
             sync(aside / "tokenizer.model")
         write_durably(aside / "config.toml", to_toml(config))
-        files = sums | _sums(p for p in aside.iterdir() if p.name not in sums)
+        files = sums | {p.name: entry_of(p) for p in aside.iterdir() if p.name not in sums}
         write_durably(aside / "state.json", state_json(state, files))
         sync(aside)
         if final.exists():  # the same step, saved before a resume from an older one
@@ -257,14 +264,9 @@ def state_json(state: TrainState, files: dict[str, dict[str, Any]]) -> str:
 
     Args:
         state: of the run.
-        files: size and SHA-256 of every other file of the checkpoint, as `write_chunks` returns.
+        files: size and checksum of every other file of the checkpoint, as `write_chunks` returns.
     """
     return json.dumps({"format": FORMAT, "state": asdict(state), "files": files}, indent=1)
-
-
-def _sums(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 by name."""
-    return {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
 
 
 def _discard(path: Path) -> None:
@@ -322,7 +324,7 @@ def read_state(path: Path) -> dict[str, Any]:
         content = json.loads((path / "state.json").read_text(), object_pairs_hook=once)
         known = content["format"] == FORMAT
         if known:  # another format may hold anything else
-            values = [(e["bytes"], e["sha256"]) for e in content["files"].values()]
+            values = [(e["bytes"], recorded_sum(e)[1]) for e in content["files"].values()]
             if any(Path(name).name != name for name in content["files"]):
                 raise ValueError("a file of it is said to lie elsewhere")
             state = TrainState(**content["state"])
@@ -351,7 +353,7 @@ def read_config(path: Path) -> RunConfig:
 
 
 def verify(path: Path, names: list[str] | None = None) -> None:
-    """Compare files of the checkpoint with their recorded sizes and SHA-256.
+    """Compare files of the checkpoint with their recorded sizes and checksums.
 
     Args:
         path: the checkpoint.
@@ -364,7 +366,7 @@ def verify(path: Path, names: list[str] | None = None) -> None:
     damaged = misfits(path, files, None if names is None else set(names))
     told = {text.partition(" ")[0] for text in damaged}
     for name in files if names is None else names:
-        if name not in told and sha256(path / name) != files[name]["sha256"]:
+        if name not in told and not matches(path / name, files[name]):
             damaged.append(f"{name} does not match its checksum")
     if damaged:
         raise damaged_checkpoint(path, damaged)

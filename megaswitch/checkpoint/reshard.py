@@ -31,7 +31,13 @@ import torch
 
 from megaswitch.checkpoint.chunks import shard_name
 from megaswitch.checkpoint.fingerprint import fingerprint
-from megaswitch.checkpoint.integrity import damaged_checkpoint
+from megaswitch.checkpoint.integrity import (
+    SUM,
+    damaged_checkpoint,
+    entry_of,
+    matches,
+    recorded_sum,
+)
 from megaswitch.checkpoint.journal import Journal, finished_files
 from megaswitch.checkpoint.manager import FORMAT, read_state
 from megaswitch.checkpoint.placement import Piece, head_of
@@ -39,7 +45,7 @@ from megaswitch.checkpoint.regions import Region, regions
 from megaswitch.checkpoint.safetensors_file import DTYPES, ITEM_BYTES
 from megaswitch.checkpoint.tensor_files import Part, StoredTensor, common
 from megaswitch.checkpoint.windows import Bits, Buffer, Reader, Writer, read_sums
-from megaswitch.files import lock, sha256, sync, write_durably
+from megaswitch.files import lock, sync, write_durably
 from megaswitch.log import UserError
 
 UNFINISHED = ".resharding"
@@ -242,8 +248,9 @@ class _Job:
         status = path.stat()
         stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
         if self.journal.checked.get(path.name, {}).get("stamp") != stamp:
-            digest, sums = read_sums(path, parts, worker.reader, worker.windows[0])
-            if digest != self.listed[path.name]["sha256"]:
+            name, listed = recorded_sum(self.listed[path.name])
+            found, sums = read_sums(path, parts, worker.reader, worker.windows[0], name)
+            if found != listed:
                 raise _Damage(f"{path.name} does not match its checksum")
             self.journal.found_good(path.name, {"stamp": stamp, "tensors": sums})
         self.progress(status.st_size)
@@ -328,7 +335,7 @@ class _Job:
         sums = _totals(self.journal.written.values())
         self._compare(sums, _totals(self.journal.checked.values()))
         files = {
-            name: {"bytes": entry["bytes"], "sha256": entry["sha256"]}
+            name: {"bytes": entry["bytes"], SUM: entry[SUM]}
             for name, entry in sorted(self.journal.written.items())
         }
         for name in self.listed:
@@ -336,11 +343,11 @@ class _Job:
                 shutil.copyfile(self.work.source / name, self.aside / name, follow_symlinks=False)
                 sync(self.aside / name)
                 files[name] = self.listed[name]
-                if sha256(self.aside / name) != files[name]["sha256"]:
+                if not matches(self.aside / name, files[name]):
                     raise _Damage(f"{name} does not match its checksum")
         config = self.aside / "config.toml"
         write_durably(config, self.work.config)
-        files["config.toml"] = {"bytes": config.stat().st_size, "sha256": sha256(config)}
+        files["config.toml"] = entry_of(config)
         content = {
             "format": FORMAT,
             "state": read_state(self.work.source)["state"],

@@ -6,7 +6,6 @@ mapping count as memory of the process.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections import OrderedDict, defaultdict
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaswitch.checkpoint.fingerprint import fingerprint
+from megaswitch.checkpoint.integrity import SUM, new_digest
 from megaswitch.checkpoint.safetensors_file import ITEM_BYTES
 from megaswitch.checkpoint.tensor_files import Part, StoredTensor, common, windows
 from megaswitch.log import UserError
@@ -148,7 +148,11 @@ class Reader:
 
 
 def read_sums(
-    path: Path, parts: Iterable[tuple[Part, StoredTensor]], reader: Reader, buffer: Buffer
+    path: Path,
+    parts: Iterable[tuple[Part, StoredTensor]],
+    reader: Reader,
+    buffer: Buffer,
+    name: str = SUM,
 ) -> tuple[str, dict[str, int]]:
     """Read a tensor file from start to end.
 
@@ -157,11 +161,12 @@ def read_sums(
         parts: that it holds, with their tensors.
         reader: to read with.
         buffer: for what is being read.
+        name: of the checksum.
 
     Returns:
-        its SHA-256, and the share of its parts in each tensor's `fingerprint`.
+        its checksum, and the share of its parts in each tensor's `fingerprint`.
     """
-    digest = hashlib.sha256()
+    digest = new_digest(name)
     parts = sorted(parts, key=lambda entry: (entry[0].at, math.prod(entry[0].shape)))
     sums: dict[str, int] = defaultdict(int)
     end = parts[0][0].at if parts else path.stat().st_size
@@ -203,7 +208,7 @@ class Writer:
     def __init__(self, path: Path) -> None:
         self.path, self.bytes = path, 0
         self.sums: dict[str, int] = defaultdict(int)
-        self._digest = hashlib.sha256()
+        self._digest = new_digest()
         self._begun = 0  # bytes that the disk was asked to take
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
         self._file = os.open(path, flags, 0o666)
@@ -222,10 +227,10 @@ class Writer:
             self._begun = self.bytes
 
     def finish(self) -> dict[str, Any]:
-        """Wait until the file is on disk; its size, its SHA-256 and its fingerprints."""
+        """Wait until the file is on disk; its size, its checksum and its fingerprints."""
         os.fsync(self._file)
         sums = {name: value % (1 << 64) for name, value in self.sums.items()}
-        return {"bytes": self.bytes, "sha256": self._digest.hexdigest(), "tensors": sums}
+        return {"bytes": self.bytes, SUM: self._digest.hexdigest(), "tensors": sums}
 
     def close(self) -> None:
         """Let go of the file."""

@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from megaswitch.checkpoint.contents import MODEL, STATE
-from megaswitch.checkpoint.integrity import check_sizes
+from megaswitch.checkpoint.integrity import check_sizes, recorded_sum
 from megaswitch.checkpoint.manager import FORMAT, read_config, read_state, verify
 from megaswitch.checkpoint.tensor_files import StoredTensor, read_headers
 from megaswitch.cli.changes import changes
@@ -172,10 +172,10 @@ def print_checkpoint(report: dict[str, Any]) -> None:
     _print_parameters(report)
     if "stats" in report:
         _print_stats(report["stats"])
-    table = Table("file", "size", "SHA-256", box=None)
+    table = Table("file", "size", "checksum", box=None)
     for name, entry in report["files"].items():
         mark = " ✓" if report["verified"] else ""
-        table.add_row(name, size(entry["bytes"]), f"{entry['sha256'][:16]}…{mark}")
+        table.add_row(name, size(entry["bytes"]), f"{' '.join(recorded_sum(entry))[:23]}…{mark}")
     total = sum(entry["bytes"] for entry in report["files"].values())
     hint = "all sums match" if report["verified"] else "--verify checks the sums"
     print_table(f"Files: {size(total)}; {hint}", table)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megaswitch.checkpoint.integrity import recorded_sum
 from megaswitch.checkpoint.manager import find_checkpoint, read_config, read_state, verify
 from megaswitch.checkpoint.matching import load_matching
 from megaswitch.config import DistillConfig, RunConfig
@@ -92,7 +93,7 @@ def find_teacher(config: RunConfig, world_size: int, *, runs: bool) -> FoundTeac
     if problems:
         raise ConfigError(problems)
     files = read_state(checkpoint)["files"]
-    sums = sorted(f["sha256"] for name, f in files.items() if name.endswith(".safetensors"))
+    sums = sorted(recorded_sum(f)[1] for name, f in files.items() if name.endswith(".safetensors"))
     return FoundTeacher(checkpoint, own, hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16])
 
 

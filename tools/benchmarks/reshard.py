@@ -28,11 +28,11 @@ from safetensors import safe_open
 from side_by_side import record
 
 from megaswitch.checkpoint.chunks import shard_name
+from megaswitch.checkpoint.integrity import entry_of
 from megaswitch.checkpoint.manager import tensor_files
 from megaswitch.checkpoint.placement import head_of
 from megaswitch.checkpoint.tensor_files import read_headers
 from megaswitch.config import OptimConfig, RunConfig, model_config, to_toml
-from megaswitch.files import sha256
 from megaswitch.train.relayout import Changes, plan_fresh
 
 SOURCE = ["--parallel.pp=2", "--parallel.tp=2"]  # 4 ranks
@@ -57,9 +57,7 @@ def make_checkpoint(path: Path, preset: str, *, sparse: bool) -> int:
             for size in [] if sparse else [64 << 20] * (left >> 26) + [left % (64 << 20)]:
                 bits = generator.integers(0, 1 << 32, size // 4, dtype=np.uint32)
                 file.write((bits & np.uint32(0xBFFFFFFF)).data)  # all of them finite
-    listed: dict[str, dict[str, Any]] = {
-        p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in path.iterdir()
-    }
+    listed: dict[str, dict[str, Any]] = {p.name: entry_of(p) for p in path.iterdir()}
     state = {"step": 1, "samples": 1, "fingerprint": "0", "mixture": []}
     content = {"format": 1, "state": state, "files": listed}
     (path / "state.json").write_text(json.dumps(content))

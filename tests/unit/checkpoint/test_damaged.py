@@ -8,8 +8,8 @@ import shutil
 import pytest
 
 import megaswitch
+from megaswitch.checkpoint.integrity import entry_of
 from megaswitch.checkpoint.manager import find_checkpoint
-from megaswitch.files import sha256
 from tests.unit.cli.commands import refusal, run
 
 NAME = "model.encoder.layers.1.ffn.experts.wi.weight"
@@ -40,7 +40,7 @@ def update_sums(checkpoint):
     state = json.loads((checkpoint / "state.json").read_text())
     for path in checkpoint.iterdir():
         if path.name != "state.json":
-            state["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            state["files"][path.name] = entry_of(path)
     (checkpoint / "state.json").write_text(json.dumps(state))
 
 

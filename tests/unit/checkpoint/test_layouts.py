@@ -34,6 +34,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from megaswitch.checkpoint import manager as module
 from megaswitch.checkpoint.chunks import shares
 from megaswitch.checkpoint.contents import model_chunks, optimizer_chunks
+from megaswitch.checkpoint.integrity import entry_of
 from megaswitch.checkpoint.manager import (
     CheckpointManager,
     TrainState,
@@ -366,7 +367,7 @@ def test_we_read_what_torch_wrote(saved: Path, tmp_path: Path) -> None:
     tensors = {c.name: c.tensor.clone() for c in chunks}
     writer = HuggingFaceStorageWriter(str(tmp_path), save_distributed=True)
     dcp.save(tensors, storage_writer=writer, no_dist=True)
-    files = module._sums(tmp_path.iterdir())
+    files = {path.name: entry_of(path) for path in tmp_path.iterdir()}
     state = {"step": 7, "samples": 70, "fingerprint": "adamw"}
     content = {"format": module.FORMAT, "state": state, "files": files}
     (tmp_path / "state.json").write_text(json.dumps(content))

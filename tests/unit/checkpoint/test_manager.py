@@ -1,14 +1,17 @@
 """Checkpoints: what is in them, and what happens to bad ones."""
 
+import hashlib
 import json
 import pickle
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import save_file
 
 import megaswitch
 from megaswitch.checkpoint import manager
+from megaswitch.checkpoint.integrity import entry_of, file_sum
 from megaswitch.checkpoint.manager import checkpoints, find_checkpoint, verify
 from megaswitch.config import load_config
 from megaswitch.log import UserError
@@ -32,6 +35,30 @@ def test_only_tensors_and_text_are_stored(trainer):
     verify(path)
 
 
+def test_older_checkpoints_with_sha256_sums_are_still_checked(trainer):
+    trainer.fit()
+    path = find_checkpoint(trainer.checkpoints.folder)
+    state = json.loads((path / "state.json").read_text())
+    for name, entry in state["files"].items():
+        del entry["blake3"]
+        entry["sha256"] = hashlib.sha256((path / name).read_bytes()).hexdigest()
+    (path / "state.json").write_text(json.dumps(state))
+    verify(path)
+    state["files"]["config.toml"]["sha256"] = "0" * 64
+    (path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"config\.toml does not match its checksum"):
+        verify(path)
+
+
+def test_sums_are_those_of_the_algorithm_that_they_name(tmp_path):
+    # https://github.com/BLAKE3-team/BLAKE3/blob/master/test_vectors/test_vectors.json
+    (tmp_path / "empty").touch()
+    expected = "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"
+    assert entry_of(tmp_path / "empty") == {"bytes": 0, "blake3": expected}
+    (tmp_path / "large").write_bytes(bytes(range(251)) * 10_000)
+    assert file_sum(tmp_path / "large") == blake3(bytes(range(251)) * 10_000).hexdigest()
+
+
 def test_the_newest_are_kept(run_options, tmp_path):
     options = ["--train.steps=5", "--checkpoint.interval=1", "--checkpoint.keep=2"]
     Trainer.build(load_config(None, [*run_options, *options]), Mesh.start("cpu")).fit()
@@ -40,7 +67,7 @@ def test_the_newest_are_kept(run_options, tmp_path):
     assert find_checkpoint(tmp_path / "run").name == "step_00000005"
 
 
-@pytest.mark.parametrize("moment", ["_start", "_write", "_sums", "_finish", "rename"])
+@pytest.mark.parametrize("moment", ["_start", "_write", "entry_of", "_finish", "rename"])
 def test_a_crash_while_saving_leaves_the_earlier_checkpoint(trainer, monkeypatch, moment):
     trainer.fit()
     (earlier,) = checkpoints(trainer.checkpoints.folder)
@@ -54,7 +81,7 @@ def test_a_crash_while_saving_leaves_the_earlier_checkpoint(trainer, monkeypatch
     if moment == "rename":
         monkeypatch.setattr(manager.Path, "rename", crash)
     else:
-        owner = manager if moment == "_sums" else manager.CheckpointManager
+        owner = manager if moment == "entry_of" else manager.CheckpointManager
         monkeypatch.setattr(owner, moment, crash)
     trainer.state = manager.TrainState(3, 24, trainer.state.fingerprint)
     trainer._save(wait=False)
@@ -104,7 +131,7 @@ def test_a_damaged_state_file_is_refused(trainer, text):
     [
         ("files", "bytes", "1"),
         ("files", "bytes", float("inf")),
-        ("files", "sha256", 1),
+        ("files", "blake3", 1),
         ("state", "step", "x"),
         ("state", "samples", None),
         ("state", "fingerprint", 1),

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megaswitch.checkpoint import tensor_files
+from megaswitch.checkpoint.integrity import entry_of
 from megaswitch.checkpoint.manager import checkpoints, find_checkpoint, read_config
 from megaswitch.checkpoint.tensor_files import StoredTensor, read_headers
 from megaswitch.cli.parameter_tree import parameter_tree
 from megaswitch.cli.tensor_stats import Stats, spread, tensor_stats
-from megaswitch.files import sha256
 from megaswitch.log import UserError
 from megaswitch.model.count import count
 from tests.unit.cli.commands import printed, refusal, report
@@ -43,7 +43,7 @@ def update_sums(checkpoint):
     state = json.loads((checkpoint / "state.json").read_text())
     for name in state["files"]:
         file = checkpoint / name
-        state["files"][name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        state["files"][name] = entry_of(file)
     (checkpoint / "state.json").write_text(json.dumps(state))
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megaswitch.checkpoint.integrity import entry_of
 from megaswitch.checkpoint.manager import find_checkpoint
-from megaswitch.files import sha256
 from tests.unit.cli.commands import printed, refusal, report, run
 
 NAME = "model.encoder.layers.1.ffn.experts.wi.weight"
@@ -32,7 +32,7 @@ def change(path, edit):
     edit(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
     state = json.loads((path / "state.json").read_text())
-    state["files"][file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    state["files"][file.name] = entry_of(file)
     (path / "state.json").write_text(json.dumps(state))
 
 
@@ -101,8 +101,7 @@ def test_configuration_and_progress_are_compared(checkpoint, other, capsys):
     state["state"]["step"] = 7
     text = (other / "config.toml").read_text().replace("seed = 5", "seed = 6")
     (other / "config.toml").write_text(text)
-    size = (other / "config.toml").stat().st_size
-    state["files"]["config.toml"] = {"bytes": size, "sha256": sha256(other / "config.toml")}
+    state["files"]["config.toml"] = entry_of(other / "config.toml")
     (other / "state.json").write_text(json.dumps(state))
     found = report(capsys, "inspect", checkpoint, "--diff", other)
     assert found["state"] == {"step": [3, 7]}
