@@ -17,17 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megaswitch.checkpoint.manager import find_checkpoint, read_config, verify
-from megaswitch.checkpoint.new_model import (
-    made,
-    read_part,
-    refuse_existing,
-    stored_dtype,
-    write_model,
-)
+from megaswitch.checkpoint.new_model import Original, made, make_model
 from megaswitch.checkpoint.streams import Target
-from megaswitch.checkpoint.tensor_files import StoredTensor, read_headers
-from megaswitch.config import ModelConfig
+from megaswitch.config import ModelConfig, RunConfig
 from megaswitch.log import UserError
 from megaswitch.model.count import meta_model
 from megaswitch.parallel.shard import spec_of
@@ -124,26 +116,26 @@ def prune(source: Path, target: Path, usage_file: Path, number: int, *, merge: b
     Raises:
         UserError: an argument does not fit, or files cannot be read or written.
     """
-    refuse_existing(target)
-    checkpoint = find_checkpoint(source)
-    config = read_config(checkpoint)
-    experts = config.model.moe.num_experts
-    if not 1 <= number < experts:
-        raise UserError(
-            f"--num-experts {number} must be at least 1 and less than the {experts} experts of "
-            f"{checkpoint}"
-        )
-    usage = read_usage(usage_file, config.model)
-    verify(checkpoint)
-    stored = read_headers(sorted(checkpoint.glob("*.safetensors")))
-    groups = {}
-    for layer, counts in usage.items():
-        router = read_part(checkpoint, stored, f"model.{prefix(layer)}.router.weight")
-        groups[prefix(layer)] = (
-            merged(counts, router, number) if merge else kept_alone(counts, number)
-        )
-    model = replace(config.model, moe=replace(config.model.moe, num_experts=number))
-    write_model(target, checkpoint, config, model, _targets(checkpoint, stored, model, groups))
+
+    def smaller(checkpoint: Path, config: RunConfig) -> ModelConfig:
+        experts = config.model.moe.num_experts
+        if not 1 <= number < experts:
+            raise UserError(
+                f"--num-experts {number} must be at least 1 and less than the {experts} experts of "
+                f"{checkpoint}"
+            )
+        return replace(config.model, moe=replace(config.model.moe, num_experts=number))
+
+    def make(large: Original, model: ModelConfig) -> list[Target]:
+        groups = {}
+        for layer, counts in read_usage(usage_file, large.config.model).items():
+            router = large.read(f"model.{prefix(layer)}.router.weight")
+            groups[prefix(layer)] = (
+                merged(counts, router, number) if merge else kept_alone(counts, number)
+            )
+        return _targets(large, model, groups)
+
+    make_model(source, target, smaller, make)
 
 
 def prefix(layer: str) -> str:
@@ -153,16 +145,13 @@ def prefix(layer: str) -> str:
 
 
 def _targets(
-    path: Path,
-    stored: dict[str, StoredTensor],
-    model: ModelConfig,
-    groups: Mapping[str, Sequence[Group]],
+    large: Original, model: ModelConfig, groups: Mapping[str, Sequence[Group]]
 ) -> list[Target]:
     """The new model's parameters."""
     targets = []
     for name, parameter in meta_model(model).named_parameters():
         full = f"model.{name}"
-        dtype, read = stored_dtype(path, stored, full), partial(read_part, path, stored, full)
+        dtype, read = large.dtype(full), partial(large.read, full)
         layer, router, _ = name.partition(".router.")
         if spec_of(parameter).is_expert or router:
             # Of routers a row belongs to each expert.

@@ -21,22 +21,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from megaswitch.checkpoint.manager import (
-    find_checkpoint,
-    load_model_tensors,
-    read_config,
-    verify,
-)
-from megaswitch.checkpoint.new_model import (
-    made,
-    read_part,
-    refuse_existing,
-    stored_dtype,
-    write_model,
-)
+from megaswitch.checkpoint.manager import find_checkpoint, load_model_tensors, read_config
+from megaswitch.checkpoint.new_model import Original, made, make_model
 from megaswitch.checkpoint.streams import Target
-from megaswitch.checkpoint.tensor_files import StoredTensor, read_headers
-from megaswitch.config import ModelConfig, MoEConfig
+from megaswitch.config import ModelConfig, MoEConfig, RunConfig
 from megaswitch.layers.parameter import initialize, stable_hash
 from megaswitch.log import UserError
 from megaswitch.model.count import meta_model
@@ -77,27 +65,23 @@ def upcycle(source: Path, target: Path, recipe: Recipe) -> None:
     Raises:
         UserError: `source` is not dense or damaged, or `target` cannot be written.
     """
-    refuse_existing(target)
-    checkpoint = find_checkpoint(source)
-    config = read_config(checkpoint)
-    if config.model.moe.num_experts:
-        raise UserError(
-            f"{checkpoint} has {config.model.moe.num_experts} experts already; only a dense model "
-            "is upcycled"
-        )
-    model = replace(config.model, moe=recipe.moe)
-    sparse = replace(config, model=model)
-    problems = [p for p in (*check_model(model), *check_groups(sparse)) if "micro_batch" not in p]
-    if problems:
-        raise UserError("\n".join(problems))
-    verify(checkpoint)
-    stored = read_headers(sorted(checkpoint.glob("*.safetensors")))
-    write_model(target, checkpoint, config, model, _targets(checkpoint, stored, model, recipe))
+
+    def sparse(checkpoint: Path, config: RunConfig) -> ModelConfig:
+        if config.model.moe.num_experts:
+            raise UserError(
+                f"{checkpoint} has {config.model.moe.num_experts} experts already; only a dense "
+                "model is upcycled"
+            )
+        model = replace(config.model, moe=recipe.moe)
+        found = (*check_model(model), *check_groups(replace(config, model=model)))
+        if problems := [problem for problem in found if "micro_batch" not in problem]:
+            raise UserError("\n".join(problems))
+        return model
+
+    make_model(source, target, sparse, partial(_targets, recipe))
 
 
-def _targets(
-    path: Path, stored: dict[str, StoredTensor], model: ModelConfig, recipe: Recipe
-) -> list[Target]:
+def _targets(recipe: Recipe, dense: Original, model: ModelConfig) -> list[Target]:
     """The new model's parameters."""
     targets = []
     for name, parameter in meta_model(model).named_parameters():
@@ -107,8 +91,8 @@ def _targets(
         else:
             sparse = spec_of(parameter).is_expert
             old = f"model.{name.replace('.experts.', '.') if sparse else name}"
-            dtype, shape = stored_dtype(path, stored, old), parameter.shape[sparse:]
-            read = partial(read_part, path, stored, old)
+            dtype, shape = dense.dtype(old), parameter.shape[sparse:]
+            read = partial(dense.read, old)
             if sparse:
                 makes = [partial(_expert, read, name, e, recipe) for e in range(len(parameter))]
             sources = [made(name, shape, dtype, make) for make in (makes if sparse else [read])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,9 +114,6 @@ def evaluate(
                 plot_evaluation(plot, evaluation.sources, evaluation.total.router, title)
 
 
-_OF_TASKS = ("checkpoint", "samples", "batch_size", "precision", "ep", "tp")
-
-
 def _check(
     data: tuple[str, ...],
     tasks: tuple[str, ...],
@@ -130,11 +128,18 @@ def _check(
         raise click.UsageError("--output takes predictions, which only --task makes")
     if not tasks:
         return
-    given = [key for key, value in request.items() if key not in _OF_TASKS and value is not None]
+    given = [key for key, value in request.items() if key not in _common() and value is not None]
     given += ["plot"] if plot else []
     if data or given:
         what = [*data, *(f"--{key.replace('_', '-')}" for key in given)]
         raise click.UsageError(f"{', '.join(what)}: of text, not of --task; leave out one of them")
+
+
+def _common() -> list[str]:
+    """The options that hold for text and tasks."""
+    from megaswitch.train.trained import Measuring
+
+    return [field.name for field in fields(Measuring)]
 
 
 def _evaluate_tasks(
@@ -145,7 +150,7 @@ def _evaluate_tasks(
     from megaswitch.parallel.launcher import world_size
     from megaswitch.train.evaluate_tasks import TaskRequest, evaluate_tasks
 
-    kept = {key: request[key] for key in _OF_TASKS}
+    kept = {key: request[key] for key in _common()}
     plan = TaskRequest(tasks=tasks, output=output, **kept).plan(world_size())
     with joined(device, plan.config.parallel) as (mesh, watchdog):
         results = evaluate_tasks(plan, mesh, watchdog)

@@ -28,6 +28,7 @@ class Row:
         steps: that each has done.
         values: of each metric, one for each run that has it.
         curves: of the first measure.
+        ends: of the first measure, by the run's case on the axis of the spread.
     """
 
     labels: dict[str, str]
@@ -35,6 +36,7 @@ class Row:
     steps: tuple[int, ...]
     values: dict[str, list[float]] = field(default_factory=dict)
     curves: list[Curve] = field(default_factory=list)
+    ends: dict[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -82,7 +84,9 @@ class Report:
     @property
     def metrics(self) -> dict[str, int]:
         """The metrics of the table that some run has, with their digits."""
-        measures = dict.fromkeys(self.study.file.report.measures, _DIGITS)
+        first, *others = self.study.file.report.measures
+        measures = {first: _DIGITS, _difference(self.study): _DIGITS + 1}
+        measures |= dict.fromkeys(others, _DIGITS)
         return {
             key: digits
             for key, digits in (measures | _ALSO).items()
@@ -102,6 +106,8 @@ def make_report(study: Study) -> Report:
         rest = tuple((k, v) for k, v in job.labels.items() if k != spread)
         groups.setdefault(rest, []).append(job)
     rows = [_row(dict(labels), jobs, study) for labels, jobs in groups.items()]
+    if study.file.report.baseline:
+        _compare(study, rows)
     if not any(row.values for row in rows):
         raise UserError(
             f"no run of {study.path} has logged anything in {study.runs} yet; start them with "
@@ -122,6 +128,7 @@ def make_report(study: Study) -> Report:
 
 def _row(labels: dict[str, str], jobs: Sequence[Job], study: Study) -> Row:
     values: dict[str, list[float]] = {}
+    ends: dict[str, float] = {}
     curves, steps = [], []
     measures = study.file.report.measures
     for job in jobs:
@@ -131,10 +138,30 @@ def _row(labels: dict[str, str], jobs: Sequence[Job], study: Study) -> Row:
             if points := curve(metrics, key):
                 if key == measures[0]:
                     curves.append(points)
+                    ends[job.labels.get(study.file.report.spread, "")] = end(points)
                 speed = key == "tokens_per_second"  # which does not settle towards the end
                 middle = statistics.median([value for _, value in points]) if speed else 0.0
                 values.setdefault(key, []).append(middle if speed else end(points))
-    return Row(labels, tuple(jobs), tuple(steps), values, curves)
+    return Row(labels, tuple(jobs), tuple(steps), values, curves, ends)
+
+
+def _difference(study: Study) -> str:
+    """The name of the first measure minus the baseline's."""
+    return f"{study.file.report.measures[0]} - {', '.join(study.file.report.baseline.values())}"
+
+
+def _compare(study: Study, rows: Sequence[Row]) -> None:
+    """Give each row its differences from the baseline.
+
+    Run by run: what a seed's order of data and first weights do to both is not in them.
+    """
+    by_labels = {tuple(row.labels.items()): row for row in rows}
+    for row in rows:
+        other = by_labels[tuple((row.labels | study.file.report.baseline).items())]
+        common = row.ends.keys() & other.ends.keys()
+        if row is not other and common:
+            found = [row.ends[case] - other.ends[case] for case in row.ends if case in common]
+            row.values[_difference(study)] = found
 
 
 def _fits(study: Study, rows: Sequence[Row]) -> list[Fit]:

@@ -52,7 +52,10 @@ def command(study: Study, job: Job) -> list[str]:
 
 
 def is_finished(job: Job) -> bool:
-    """Whether its last checkpoint is there, and was written under the same configuration."""
+    """Whether its last checkpoint is there, and was written under the same configuration.
+
+    Its folder may be one that was copied from another study's.
+    """
     from megaswitch.checkpoint.manager import checkpoints
 
     newest = next(reversed(checkpoints(job.folder / "checkpoints")), None)
@@ -62,7 +65,7 @@ def is_finished(job: Job) -> bool:
         stored = from_toml((newest / "config.toml").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return not list(differences(stored, job.config))
+    return {key for key, _ in differences(stored, job.config)} <= {"train.run_dir"}
 
 
 def prepare(study: Study, say: Callable[[str], None]) -> None:

@@ -22,7 +22,7 @@ A study is a TOML file:
 
 `[[before]]` names commands of MegaSwitch that must have made something before the runs start, and
 `[report]` what is told of them. `{runs}` and `{here}` in a text are the folders of the runs and of
-the file.
+the file; `{steps}` in a command is the steps of the runs, `{steps:08}` as checkpoints are named.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,10 @@ class ReportConfig:
     )
     spread: str = Field(default="seed", description="axis over which mean and spread are taken")
     fit: str | None = Field(default=None, description="axis of numbers to fit a power law over")
+    baseline: dict[str, str] = Field(
+        default_factory=dict,
+        description="cases by axis; the first measure of others is told minus theirs, run by run",
+    )
 
 
 @checked(frozen=True, kw_only=True, config=STRICT)
@@ -143,8 +147,7 @@ def load_study(path: Path, overrides: Sequence[str] = (), *, runs: Path | None =
     base = None if file.base is None else path.parent / file.base
     problems: list[str] = []
     cases = {name: _cases(name, axis, problems) for name, axis in file.axes.items()}
-    for axis in {file.report.fit} - {None, *file.axes}:
-        problems.append(f"report.fit={axis!r} is no axis; use one of {', '.join(file.axes)}")
+    problems += _check_report(file.report, cases)
     common = list(_overrides(file.set))
     varied = {key for axis in cases.values() for case in axis.values() for key in case}
     for text in overrides:
@@ -168,7 +171,7 @@ def load_study(path: Path, overrides: Sequence[str] = (), *, runs: Path | None =
     problems += [f"several runs are named {name}; rename cases" for name in seen if seen[name] > 1]
     if problems:
         raise ConfigError(problems)
-    return Study(path, file, folder, base, tuple(jobs))
+    return Study(path, _with_steps(file, jobs), folder, base, tuple(jobs))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -199,6 +202,27 @@ def _checked(table: Mapping[str, Any]) -> StudyFile:
 def _default_name(path: Path) -> str:
     """Of the file or, if it has the usual one, of its folder."""
     return path.resolve().parent.name if path.stem == "study" else path.stem
+
+
+def _with_steps(file: StudyFile, jobs: Sequence[Job]) -> StudyFile:
+    """The file with the steps of its runs in what they need first."""
+    steps = max(job.config.train.steps for job in jobs)
+    places = {"{steps}": str(steps), "{steps:08}": f"{steps:08}"}
+    before = [Before(**_fill(vars(one), places)) for one in file.before]
+    return replace(file, before=before)
+
+
+def _check_report(report: ReportConfig, cases: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Problems with the names of axes and cases."""
+    axes = ", ".join(cases)
+    if report.fit is not None and report.fit not in cases:
+        yield f"report.fit={report.fit!r} is no axis; use one of {axes}"
+    for axis, label in report.baseline.items():
+        if axis not in cases or axis == report.spread:
+            yield f"report.baseline.{axis} is no axis to compare along; use one of {axes}"
+        elif label not in cases[axis]:
+            known = ", ".join(cases[axis])
+            yield f"report.baseline.{axis}={label!r} is no case of it; use one of {known}"
 
 
 def _fill(value: Any, places: Mapping[str, str]) -> Any:

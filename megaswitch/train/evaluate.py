@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pydantic import ValidationError
-
 from megaswitch.config import RunConfig
 from megaswitch.data.indexed import CorpusMeta
 from megaswitch.data.sources import DataFile, Source, parse_data, tokenize_sources
@@ -25,41 +23,29 @@ from megaswitch.parallel.table import layout_lines
 from megaswitch.parallel.watchdog import Watchdog
 from megaswitch.train.display import SampleProgress
 from megaswitch.train.runner import Runner
-from megaswitch.train.trained import check_same, find_trained, load_trained
+from megaswitch.train.trained import Measuring, changed, check_same, load_trained
 from megaswitch.train.validation import Figures, Validation, measure, open_corpus
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class Request(Measuring):
     """What to evaluate. None takes the value that the checkpoint was trained with.
 
     Attributes:
-        checkpoint: a checkpoint, or a run folder, whose newest is taken.
         data: text files or prefixes of `.bin`/`.idx` pairs, each as PATH or NAME=PATH.
         by: field of JSON lines by whose values the sources are told apart.
-        samples: the first so many of each source; None: all.
-        batch_size: sequences per forward and rank.
         encoder_length: tokens per encoder row.
         noise_density: share of tokens masked.
         mean_span_length: mean tokens per masked span.
-        precision: "fp32" or "bf16".
         seed: of the choice of spans.
-        ep: ranks that the experts lie on.
-        tp: ranks that slice each matrix.
     """
 
-    checkpoint: Path
     data: Sequence[str]
     by: str | None = None
-    samples: int | None = None
-    batch_size: int | None = None
     encoder_length: int | None = None
     noise_density: float | None = None
     mean_span_length: float | None = None
-    precision: str | None = None
     seed: int | None = None
-    ep: int = 1
-    tp: int = 1
 
     def plan(self, world_size: int) -> Plan:
         """What that comes to on so many ranks. Needs no process group.
@@ -68,31 +54,14 @@ class Request:
             UserError: there is no checkpoint, its model cannot be laid out so, or a value is one
                 that no configuration may have.
         """
-        checkpoint, config = find_trained(self.checkpoint, world_size, ep=self.ep, tp=self.tp)
-        return Plan(self, checkpoint, self._applied(config))
-
-    def _applied(self, config: RunConfig) -> RunConfig:
-        """The checkpoint's configuration with what is asked for otherwise."""
-        shape = {
-            key: value
-            for key in ("encoder_length", "noise_density", "mean_span_length")
-            if (value := getattr(self, key)) is not None
-        }
-        if shape and config.data.objective != "text-to-text":
+        checkpoint, config = self.find(world_size)
+        keys = ("encoder_length", "noise_density", "mean_span_length")
+        shape = {key: getattr(self, key) for key in keys}
+        asked = any(value is not None for value in shape.values())
+        if asked and config.data.objective != "text-to-text":
             # The length that was set may be too short for other samples.
-            shape["decoder_length"] = None
-        train = {
-            key: value for key in ("precision", "seed") if (value := getattr(self, key)) is not None
-        }
-        try:
-            return replace(
-                config,
-                data=replace(config.data, **shape),
-                train=replace(config.train, **train),
-            )
-        except ValidationError as error:
-            wrong = (f"{d['loc'][0]} is {d['input']!r}: {d['msg']}" for d in error.errors())
-            raise UserError(f"{'; '.join(wrong)}. Give another value, or none") from error
+            config = replace(config, data=replace(config.data, decoder_length=None))
+        return Plan(self, checkpoint, changed(config, data=shape, train={"seed": self.seed}))
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megaswitch.checkpoint.manager import find_checkpoint
 from megaswitch.config import RunConfig
@@ -22,32 +22,20 @@ from megaswitch.train.objectives import PRECISIONS
 from megaswitch.train.task_data import TaskSet, read_examples, task_files
 from megaswitch.train.task_metrics import check_metrics, task_figures
 from megaswitch.train.text import checkpoint_tokenizer
-from megaswitch.train.trained import check_same, find_trained, load_trained
+from megaswitch.train.trained import Measuring, check_same, load_trained
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskRequest:
+class TaskRequest(Measuring):
     """What to score.
 
     Attributes:
-        checkpoint: a checkpoint, or a run folder, whose newest is taken.
         tasks: each as NAME=FILES or TASK.toml=FILES.
-        samples: the first so many examples of each; None: all.
-        batch_size: examples of a rank at a time; None: train.micro_batch_size.
-        precision: "fp32" or "bf16"; None: as trained.
         output: folder for predictions; None: not written.
-        ep: ranks that the experts lie on.
-        tp: ranks that slice each matrix.
     """
 
-    checkpoint: Path
     tasks: Sequence[str]
-    samples: int | None = None
-    batch_size: int | None = None
-    precision: Literal["fp32", "bf16"] | None = None
     output: Path | None = None
-    ep: int = 1
-    tp: int = 1
 
     def plan(self, world_size: int) -> TaskPlan:
         """What that comes to on so many ranks. Needs no process group.
@@ -57,9 +45,7 @@ class TaskRequest:
         """
         if self.output and self.output.exists() and not self.output.is_dir():
             raise UserError(f"--output {self.output} is a file; give a folder for predictions")
-        checkpoint, config = find_trained(self.checkpoint, world_size, ep=self.ep, tp=self.tp)
-        if self.precision:
-            config = replace(config, train=replace(config.train, precision=self.precision))
+        checkpoint, config = self.find(world_size)
         known = config.data.tasks or {}
         sets, problems = [], []
         for argument in self.tasks:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from megaswitch.checkpoint.manager import (
     find_checkpoint,
@@ -18,6 +21,48 @@ from megaswitch.log import UserError
 from megaswitch.parallel.mesh import Mesh
 from megaswitch.rules_parallel import check_options
 from megaswitch.train.parts import Parts, build_parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring:
+    """What every measurement of a trained model asks for. None takes the value of its training.
+
+    Attributes:
+        checkpoint: a checkpoint, or a run folder, whose newest is taken.
+        samples: the first so many of each source or task; None: all.
+        batch_size: sequences or examples of a rank at a time.
+        precision: "fp32" or "bf16".
+        ep: ranks that the experts lie on.
+        tp: ranks that slice each matrix.
+    """
+
+    checkpoint: Path
+    samples: int | None = None
+    batch_size: int | None = None
+    precision: str | None = None
+    ep: int = 1
+    tp: int = 1
+
+    def find(self, world_size: int) -> tuple[Path, RunConfig]:
+        """The checkpoint and its configuration, with layout and precision; see `find_trained`."""
+        checkpoint, config = find_trained(self.checkpoint, world_size, ep=self.ep, tp=self.tp)
+        return checkpoint, changed(config, train={"precision": self.precision})
+
+
+def changed(config: RunConfig, **sections: Mapping[str, Any]) -> RunConfig:
+    """A configuration with other values, by section; None leaves a value as it is.
+
+    Raises:
+        UserError: no configuration may have such a value.
+    """
+    try:
+        for name, values in sections.items():
+            given = {key: value for key, value in values.items() if value is not None}
+            config = replace(config, **{name: replace(getattr(config, name), **given)})
+    except ValidationError as error:
+        wrong = (f"{d['loc'][0]} is {d['input']!r}: {d['msg']}" for d in error.errors())
+        raise UserError(f"{'; '.join(wrong)}. Give another value, or none") from error
+    return config
 
 
 def find_trained(path: Path, world_size: int, *, ep: int, tp: int) -> tuple[Path, RunConfig]:

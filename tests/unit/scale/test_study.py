@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -135,6 +136,12 @@ def test_values_are_written_so_that_they_are_read_as_they_were(value, text):
         ('[axes.a]\n"x y" = {}\n"x-y" = {}', "several runs are named a=x-y"),
         ("[axes.a]\ntrain.sede = [1]", "run a=1: train.sede is not a known key"),
         ('[report]\nfit = "b"\n[axes.a]\ntrain.seed = [1]', "report.fit='b' is no axis"),
+        ('[report]\nbaseline.b = "1"\n[axes.a]\ntrain.seed = [1]', "baseline.b is no axis to"),
+        ('[report]\nbaseline.seed = "1"\n[axes.seed]\ntrain.seed = [1]', "seed is no axis to"),
+        (
+            '[report]\nbaseline.a = "2"\n[axes.a]\ntrain.seed = [1]',
+            "a='2' is no case of it; use one",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_study_is_said(write, text, problem):
@@ -178,6 +185,9 @@ def test_a_study_runs_reports_a_failure_and_goes_on(write, tmp_path, capsys):
     printed(capsys, "study", "run", path)
     assert (runs / "experts=2" / "metrics.jsonl").stat().st_mtime_ns == first
     assert all(is_finished(job) for job in study.jobs)
+    # Nor is a run that another study made and that was copied here.
+    shutil.copytree(runs, tmp_path / "copy")
+    assert all(is_finished(job) for job in load_study(path, runs=tmp_path / "copy").jobs)
     # A change of the study is no finished run, whatever lies there.
     changed = load_study(path, ["--optim.learning_rate=0.1"])
     assert not any(is_finished(job) for job in changed.jobs)
@@ -229,8 +239,14 @@ makes = "{{runs}}/part_00.idx"
 [[before]]
 run = ["presets", "--no-such-option"]
 makes = "{{runs}}/nothing"
+[[before]]
+run = ["train", "--train.steps={{steps}}"]
+makes = "{{runs}}/nothing/step_{{steps:08}}"
 """
-    study = load_study(write(text))
+    study = load_study(write(text), ["--train.steps=9"])
+    last = study.file.before.pop()
+    assert last.run == ["train", "--train.steps=9"]
+    assert last.makes == f"{tmp_path}/runs/nothing/step_00000009"
     said = []
     with pytest.raises(UserError, match=r"did not make .*nothing: .*no-such-option"):
         prepare(study, said.append)
@@ -322,6 +338,43 @@ fit = "experts"
     text = markdown(made)
     assert "| 2 | 2 of 2 | 3.864 ± 0.022 |" in text
     assert "valid/loss = 4 · x^-0.0500" in text
+
+
+def test_cases_are_compared_with_a_baseline_seed_by_seed(write):
+    study = load_study(
+        write("""
+[axes.size.small]
+model.d_ff = 32
+[axes.size.large]
+model.d_ff = 64
+[axes.rate]
+optim.learning_rate = [0.1, 0.2]
+[axes.seed]
+train.seed = [1, 2, 3]
+[report]
+measures = ["valid/loss"]
+baseline = { size = "small" }
+""")
+    )
+    gains = {("0.1", "1"): 0.25, ("0.1", "2"): 0.5, ("0.1", "3"): 0.75}
+
+    def loss(job):
+        gain = gains.get((job.labels["rate"], job.labels["seed"]), 0.0)
+        large = job.labels["size"] == "large"
+        return 10.0 * int(job.labels["seed"]) - large * gain
+
+    write_metrics(study, loss)
+    (study.jobs[-1].folder / "metrics.jsonl").unlink()  # large, 0.2, seed 3
+    made = make_report(study)
+    (key,) = made.rows[2].values.keys() - made.rows[0].values.keys()
+    assert key == "valid/loss - small"
+    assert [row.values.get(key) for row in made.rows] == [
+        *(None, None), [-0.25, -0.5, -0.75], [0.0, 0.0],
+    ]  # fmt: skip
+    text = markdown(made)
+    assert "| size | rate | runs | valid/loss | valid/loss - small |" in text
+    assert "| large | 0.1 | 3 of 3 | 19.500 ± 9.750 | -0.5000 ± 0.2500 |" in text
+    assert "| small | 0.1 | 3 of 3 | 20.000 ± 10.000 | – |" in text
 
 
 def test_runs_that_are_missing_are_named(write):
