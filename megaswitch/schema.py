@@ -221,7 +221,7 @@ class FP8Config:
     )
     keep: list[str] | None = Field(
         default=None,
-        description="patterns of linear maps that stay in train.precision, such as encoder.layers.0.*",
+        description="patterns of maps that stay in train.precision, such as encoder.layers.0.*",
         json_schema_extra=only_if("train.fp8.recipe", *_SCALED),
     )
 
