@@ -87,3 +87,11 @@ def holder(folder: Path) -> str | None:
         except OSError:
             return None
     return None
+
+
+def relink(link: Path, target: str) -> None:
+    """Make `link` lead to `target`, relative to its folder; at no instant does it lead nowhere."""
+    aside = link.with_name(f"{link.name}.new")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(target)
+    aside.replace(link)

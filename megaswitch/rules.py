@@ -25,6 +25,7 @@ def check(config: RunConfig, world_size: int = 1) -> list[str]:
         *check_groups(config),
         *_check_data(config.data),
         *_check_tuning(config),
+        *_check_kernels(config),
         *_check_rest(config),
         *check_distill(config),
     ]
@@ -157,6 +158,23 @@ def _check_tuning(config: RunConfig) -> Iterator[str]:
             yield f"optim.{key}=[] matches no parameter; leave it unset, or give patterns"
     if config.model.lora.rank and not config.model.lora.targets:
         yield "model.lora.targets=[] adapts nothing; give patterns, or model.lora.rank=0"
+
+
+def _check_kernels(config: RunConfig) -> Iterator[str]:
+    fp8 = config.train.fp8
+    if fp8.keep == []:
+        yield "train.fp8.keep=[] keeps no map in train.precision; leave it unset, or give patterns"
+    moe = config.model.moe
+    if fp8.recipe != "none" and moe.num_experts and moe.router_precision == "fp32":
+        yield (
+            f"train.fp8.recipe={fp8.recipe!r} rounds experts that model.moe.router_precision="
+            "'fp32' wants in fp32; use router_precision='selective', or recipe='none'"
+        )
+    if config.train.backend == "te" and config.parallel.schedule == "zero-bubble":
+        yield (
+            "train.backend='te' computes weight gradients at once, and parallel.schedule="
+            "'zero-bubble' puts them off; use schedule='1f1b', or backend='torch'"
+        )
 
 
 def _check_weights(

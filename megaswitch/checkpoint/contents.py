@@ -1,7 +1,8 @@
 """What a checkpoint holds of a model and its optimizer: global tensors under lasting names.
 
-Parameters are `model.<name>`, optimizer states `optimizer.state.<name>.<key>`. Hyper-parameters are
-not among them: they come from the configuration.
+Parameters are `model.<name>`, optimizer states `optimizer.state.<name>.<key>`, the magnitudes that
+delayed scaling remembers `fp8.<linear map>.amax`. Hyper-parameters are not among them: they come
+from the configuration.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from megaswitch.parallel.weights import Weight
 
 MODEL = "model."
 STATE = "optimizer.state."
+FP8 = "fp8."
 # The states of a parameter that each optimizer may keep.
 KEYS: dict[str, list[set[str]]] = {
     "AdamW": [{"step", "exp_avg", "exp_avg_sq"}],
@@ -49,6 +51,27 @@ def optimizer_chunks(
         if weight.local.numel()
         for key, state in optimizer.state.get(weight.local, {}).items()
     ]
+
+
+def history_chunks(
+    history: Mapping[str, Tensor], weights: Mapping[str, Weight], expert_rank: int
+) -> list[Chunk]:
+    """What delayed scaling remembers of magnitudes (`layers.backend.Backend.history`).
+
+    Args:
+        history: by linear map, [E, …] of the experts on this rank, or [1, …].
+        weights: of this rank.
+        expert_rank: its place among those that divide the experts.
+    """
+    chunks = []
+    for name, tensor in history.items():
+        weight = weights[f"{name}.weight"]
+        experts, first = 1, 0
+        if weight.spec.is_expert:
+            experts, first = weight.block.shape[0], expert_rank * len(tensor)
+        shape, offsets = (experts, *tensor.shape[1:]), (first, *(0 for _ in tensor.shape[1:]))
+        chunks.append(Chunk(f"{FP8}{name}.amax", shape, offsets, tensor))
+    return chunks
 
 
 def _state_chunk(weight: Weight, key: str, state: Tensor) -> Chunk:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -40,8 +40,8 @@ from megaswitch.checkpoint.integrity import (
 from megaswitch.checkpoint.staging import Staged, Staging
 from megaswitch.checkpoint.tensor_files import read_chunks, read_headers
 from megaswitch.config import RunConfig, from_toml, to_toml
-from megaswitch.files import sync, write_durably
-from megaswitch.log import UserError, warn
+from megaswitch.files import relink, sync, write_durably
+from megaswitch.log import UserError, info, warn
 from megaswitch.parallel.mesh import Mesh
 from megaswitch.parallel.weights import Weight
 
@@ -117,12 +117,13 @@ class CheckpointManager:
         weights: Mapping[str, Weight],
         optimizer: torch.optim.Optimizer,
         *,
+        others: Sequence[Chunk] = (),
         best: bool = False,
     ) -> Path:
         """Write a checkpoint of the state as it is now; `best` keeps it until a better one comes.
 
-        It is on disk under its final name when this returns or, in the background, when `wait`
-        does. A save that is still under way is waited for first.
+        `others` are parts of tensors besides. It is on disk under its final name when this returns
+        or, in the background, when `wait` does. A save that is still under way is waited for first.
 
         Raises:
             UserError: it, or the one before it, could not be written (a full disk, say). Earlier
@@ -130,7 +131,8 @@ class CheckpointManager:
         """
         self.wait()
         final = self.folder / f"{_PREFIX}{state.step:08d}"
-        mine = self._share(model_chunks(weights) + optimizer_chunks(weights, optimizer))
+        held = [*model_chunks(weights), *optimizer_chunks(weights, optimizer), *others]
+        mine = self._share(held)
         if self._thread:
             staged = self._staging.copy(mine)
             self._under_way = self._thread.submit(
@@ -151,9 +153,16 @@ class CheckpointManager:
             under_way.result()
 
     def restore(
-        self, path: Path, weights: Mapping[str, Weight], optimizer: torch.optim.Optimizer
+        self,
+        path: Path,
+        weights: Mapping[str, Weight],
+        optimizer: torch.optim.Optimizer,
+        *,
+        others: Sequence[Chunk] = (),
     ) -> TrainState:
         """Load a checkpoint into `weights` and `optimizer`, whatever layout wrote it.
+
+        `others` are filled too, unless one of them is not there.
 
         Raises:
             UserError: on every rank, if it is damaged or of another model or optimizer.
@@ -169,6 +178,10 @@ class CheckpointManager:
             if state.step:  # before the first step there is nothing to remember
                 states = make_states(weights, optimizer, path, stored)
                 read_chunks(path, stored, states)
+            if lacking := [chunk.name for chunk in others if chunk.name not in stored]:
+                info(f"{path} lacks {lacking[0]} and {len(lacking) - 1} more; they start anew")
+            else:
+                read_chunks(path, stored, others)
         return state
 
     def _share(self, chunks: list[Chunk]) -> list[Chunk]:
@@ -196,7 +209,7 @@ class CheckpointManager:
             self._finish(aside, final, config, state, sums)
         if self.mesh.rank == 0:
             if best:
-                _point_to(final, self.folder / BEST)
+                relink(self.folder / BEST, final.name)
             kept = (self.folder / BEST).resolve()
             for old in checkpoints(self.folder)[: -self.keep]:
                 if old.resolve() != kept:
@@ -281,14 +294,6 @@ def _discard(path: Path) -> None:
         shutil.rmtree(aside)
     except OSError as error:
         warn(f"old checkpoint {path} could not be removed: {error}")
-
-
-def _point_to(checkpoint: Path, link: Path) -> None:
-    """Make `link` lead to a checkpoint beside it; at no instant does it lead nowhere."""
-    aside = link.with_name(f"{link.name}.new")
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(checkpoint.name)
-    aside.replace(link)
 
 
 def checkpoints(folder: Path) -> list[Path]:

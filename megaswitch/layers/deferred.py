@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
+from megaswitch.layers.kernels import as_autocast
+
 
 class WeightGradients:
     """The weight gradients that one stage has put off."""
@@ -51,11 +53,7 @@ def _accumulate(parameter: Tensor, rows: slice, gradient: Tensor) -> None:
 
 def deferred_linear(x: Tensor, parameter: Tensor, local: Tensor, later: WeightGradients) -> Tensor:
     """`F.linear(x, local)`, `local` being this rank's slice of `parameter`."""
-    kind = x.device.type
-    weight = local.detach()
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        x, weight = x.to(dtype), weight.to(dtype)
+    x, weight = as_autocast(x, local.detach())
     return _DeferredLinear.apply(x, weight, parameter, later)
 
 

@@ -6,6 +6,7 @@ import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from megaswitch.layers.deferred import WeightGradients, deferred_linear
 from megaswitch.layers.gradient_memory import GradientMemory
-from megaswitch.layers.kernels import kernels_of
+from megaswitch.layers.kernels import Kernel, Product, Rows, as_autocast, kernels_of
 from megaswitch.layers.parameter import Init, local, parameter
 from megaswitch.parallel.collectives import whole_to_terms
 from megaswitch.parallel.shard import spec_of
@@ -90,6 +91,7 @@ class Linear(nn.Module):
     """
 
     later: WeightGradients | None = None  # where weight gradients are put off to
+    kernel: Kernel | None = None  # of a backend
 
     def __init__(
         self, inputs: int, outputs: int, *, shard: Literal["column", "row"], init: Init
@@ -102,11 +104,13 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in] to [..., out]."""
         weight = local(self.weight)
-        if self.later and self.weight.requires_grad and torch.is_grad_enabled():
-            y = deferred_linear(x, self.weight, weight, self.later)
-        else:
-            y = F.linear(x, weight)
+        y = self.kernel(x, weight, self._product) if self.kernel else self._product(x, weight)
         return y if self.adapter is None else y + self.adapter(x)
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self.later and self.weight.requires_grad and torch.is_grad_enabled():
+            return deferred_linear(x, self.weight, weight, self.later)
+        return F.linear(x, weight)
 
 
 class GroupedLinear(nn.Module):
@@ -117,6 +121,7 @@ class GroupedLinear(nn.Module):
     """
 
     later: WeightGradients | None = None  # where weight gradients are put off to
+    kernel: Kernel | None = None  # of a backend
 
     def __init__(
         self,
@@ -145,23 +150,28 @@ class GroupedLinear(nn.Module):
         """
         stack = local(self.weight)
         size = len(stack) // number
+        defer: list[_Deferral | None] = [None] * number
         if self.later and self.weight.requires_grad and torch.is_grad_enabled():
-            parts = stack.detach().split(size)
+            stack = stack.detach()
             defer = [_Deferral(self.later, self.weight, i * size, size) for i in range(number)]
-            maps = [_map(part, d) for part, d in zip(parts, defer, strict=True)]
-        else:
-            maps = [_map(part) for part in ((stack,) if number == 1 else stack.split(size))]
+        parts = (stack,) if number == 1 else stack.split(size)
+        maps = [self._map(p, i * size, defer[i]) for i, p in enumerate(parts)]
         if self.adapter is None:
             return maps
         return [_sum(*pair) for pair in zip(maps, self.adapter.chunks(number), strict=True)]
 
+    def _map(self, weight: Tensor, first: int, defer: _Deferral | None) -> Map:
+        def apply(x: Tensor, ends: Tensor) -> Tensor:
+            if self.kernel is None:
+                return grouped_linear(x, weight, ends, defer)
+            product: Product = partial(grouped_linear, ends=ends, defer=defer)
+            return self.kernel(x, weight, product, Rows(ends, first))
+
+        return apply
+
 
 def _sum(first: Map, second: Map) -> Map:
     return lambda x, ends: first(x, ends) + second(x, ends)
-
-
-def _map(weight: Tensor, defer: _Deferral | None = None) -> Map:
-    return lambda x, ends: grouped_linear(x, weight, ends, defer)
 
 
 @dataclass(frozen=True)
@@ -192,10 +202,7 @@ def grouped_linear(
     Returns:
         [N, out] in `x`'s dtype, or in autocast's.
     """
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        x, weight = x.to(dtype), weight.to(dtype)
+    x, weight = as_autocast(x, weight)
     if kernels_of(x) == "cpu":
         return _SlicedLinear.apply(x, weight, ends, defer)
     if defer:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
-from torch.utils.checkpoint import checkpoint
 
 from megaswitch.config import ModelConfig
 from megaswitch.layers.attention import RelativeBias, causal_bias, padding_bias, segment_bias
 from megaswitch.layers.noise import Noise, dropout
 from megaswitch.layers.norm import RMSNorm
 from megaswitch.layers.parameter import Init, initialize, scaled
+from megaswitch.layers.torch_backend import recompute
 from megaswitch.layers.vocab import Embedding, Head, tied_logits
 from megaswitch.model.adapters import add_adapters
 from megaswitch.model.blocks import Block
@@ -133,7 +134,7 @@ class Stack(nn.Module):
         super().__init__()
         self.name = name
         self.dropout = config.dropout
-        self.activation_checkpointing = False
+        self.recompute: Callable[..., Any] | None = None
         self.relative_bias = RelativeBias(
             config.num_heads,
             buckets=config.relative_buckets,
@@ -185,11 +186,8 @@ class Stack(nn.Module):
         real = torch.ones(shape, dtype=torch.bool, device=x.device) if mask is None else mask
         for index, block in self.layers.items():
             arguments = (x, real, bias, rows_per_group, noise, memory, memory_bias)
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                # Our noise is counted, not drawn from a state, so there is none to stash.
-                x, routings = checkpoint(
-                    block, *arguments, use_reentrant=False, preserve_rng_state=False
-                )
+            if self.recompute and torch.is_grad_enabled():
+                x, routings = self.recompute(block, *arguments)
             else:
                 x, routings = block(*arguments)
             for part, routing in routings.items():
@@ -252,10 +250,16 @@ class SwitchTransformer(nn.Module):
         initialize(((name, p, p.init) for name, p in named), seed)  # type: ignore[attr-defined]
         return self
 
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Keep only each block's input for the backward pass and compute the rest again."""
-        self.encoder.activation_checkpointing = enabled
-        self.decoder.activation_checkpointing = enabled
+    def set_activation_checkpointing(
+        self, enabled: bool, recompute: Callable[..., Any] = recompute
+    ) -> None:
+        """Keep only each block's input for the backward pass and compute the rest again.
+
+        Args:
+            enabled: False: keep everything.
+            recompute: how, as `layers.backend.Backend` says.
+        """
+        self.encoder.recompute = self.decoder.recompute = recompute if enabled else None
 
     def forward(
         self,

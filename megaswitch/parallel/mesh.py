@@ -141,6 +141,15 @@ class Mesh:
         """Whether a model's pass waits for other ranks, which have parts of it."""
         return any(self.axis(name).size > 1 for name in ("pp", "ep", "tp"))
 
+    def stage_group(self) -> dist.ProcessGroup | None:
+        """All ranks that have this rank's layers. All ranks of the mesh call this together."""
+        if self.axis("pp").size == 1:
+            return self.group
+        assert self.expert_grid is not None
+        stages = self.expert_grid.mesh.flatten(1).tolist()
+        groups = [dist.new_group(ranks) for ranks in stages]
+        return groups[self.axis("pp").rank]
+
     def stop(self) -> None:
         """Leave the group, all ranks together; not for a rank that failed, which just exits.
 

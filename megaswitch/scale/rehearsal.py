@@ -37,7 +37,7 @@ from megaswitch.scale.recorder import Collective, Recorder
 from megaswitch.scale.steps import PipelineSteps, PlainSteps
 from megaswitch.train.objectives import MicroBatch
 from megaswitch.train.parts import Parts, build_parts
-from megaswitch.train.placement import row_lengths
+from megaswitch.train.placement import in_torch, row_lengths
 from megaswitch.train.runner import Runner
 
 # The first of several axes that have the same ranks names them all.
@@ -124,7 +124,7 @@ class Rehearsal:
     """One rank, ready to be stepped."""
 
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh = in_torch(config), mesh
         self.lengths = row_lengths(config)
         self.recorder = Recorder(_axis_names(mesh))
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)

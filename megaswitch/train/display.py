@@ -19,6 +19,15 @@ from megaswitch.parallel.mesh import Mesh
 from megaswitch.parallel.table import layout_lines
 
 
+def _products(config: RunConfig) -> str:
+    """In what, and by what, linear maps multiply."""
+    train = config.train
+    fp8 = "" if train.fp8.recipe == "none" else f" with {train.fp8.recipe} FP8"
+    emulated = " (emulated)" if fp8 and train.backend == "torch" else ""
+    by = "" if train.backend == "torch" else f" by {train.backend}"
+    return f"{train.precision}{fp8}{emulated}{by}"
+
+
 class Display:
     """Progress of a run.
 
@@ -35,7 +44,7 @@ class Display:
         self.live: Live | None = None
         self.header = (
             f"{parameters:,} parameters · {config.model.moe.num_experts or 'no'} experts · "
-            f"{mesh.size} × {mesh.device.type} · {config.train.precision} · {config.optim.name}"
+            f"{mesh.size} × {mesh.device.type} · {_products(config)} · {config.optim.name}"
         )
         self.layout = list(layout_lines(config, mesh.size)) if mesh.size > 1 else []
         self.first_step: int | None = None

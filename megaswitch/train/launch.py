@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megaswitch.checkpoint.manager import checkpoints
 from megaswitch.config import RunConfig
+from megaswitch.layers.backend import check_backend
 from megaswitch.log import info
 from megaswitch.parallel.launcher import world_size
 from megaswitch.parallel.mesh import Mesh
@@ -23,6 +24,7 @@ def launch(config: RunConfig) -> bool:
     Raises:
         UserError: before any process group forms, whatever can be known to be wrong by then.
     """
+    check_backend(config.train.backend, config.train.fp8, config.train.device)
     check_trainable(config)
     run_tasks(config)
     if config.train.init_from and not checkpoints(Path(config.train.run_dir) / "checkpoints"):

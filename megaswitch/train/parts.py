@@ -9,7 +9,10 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from megaswitch.config import RunConfig
+from megaswitch.checkpoint.chunks import Chunk
+from megaswitch.checkpoint.contents import history_chunks
+from megaswitch.config import RunConfig, TrainConfig
+from megaswitch.layers.backend import BACKENDS, Backend
 from megaswitch.layers.deferred import WeightGradients
 from megaswitch.layers.linear import GroupedLinear, Linear
 from megaswitch.layers.parameter import Init, initialize
@@ -27,7 +30,7 @@ from megaswitch.parallel.shard import ShardSpec
 from megaswitch.parallel.tensor_parallel import TensorParallel
 from megaswitch.parallel.weights import Weight
 from megaswitch.train.objectives import PRECISIONS
-from megaswitch.train.trainable import freeze
+from megaswitch.train.trainable import freeze, maps_in_fp8
 
 
 @dataclass
@@ -42,6 +45,8 @@ class Parts:
         weights: this rank's parameters by global name.
         inits: their initial distributions.
         gradients: completes their gradients.
+        backend: multiplies.
+        expert_rank: this rank's place among those that divide the experts.
     """
 
     stages: list[Stage]
@@ -51,6 +56,8 @@ class Parts:
     weights: dict[str, Weight]
     inits: dict[str, Init]
     gradients: GradientSums
+    backend: Backend
+    expert_rank: int
 
     def initialize(self, seed: int) -> None:
         """Fill all parameters, each from its own stream of `seed`."""
@@ -59,6 +66,10 @@ class Parts:
     def parameters(self) -> Iterator[nn.Parameter]:
         """This rank's blocks, as optimizers see them."""
         return (w.local for w in self.weights.values())
+
+    def remembered(self) -> list[Chunk]:
+        """What a checkpoint keeps besides weights and optimizer states."""
+        return history_chunks(self.backend.history(), self.weights, self.expert_rank)
 
     @property
     def training(self) -> bool:
@@ -100,6 +111,8 @@ def build_parts(
     later: dict[int, WeightGradients] = {}
     zero = mesh.axis("dense_shard").size > 1 and config.parallel.zero != "none" and training
     sharded: set[str] = set()
+    train = config.train if training else TrainConfig()  # what is evaluated is so in full precision
+    backend = BACKENDS[train.backend](train.fp8, mesh)
     for stage in stages:
         if stage.index % mesh.axis("pp").size == mesh.axis("pp").rank:
             model = _layers(config, mesh, stage)
@@ -108,6 +121,7 @@ def build_parts(
             inits |= {n: p.init for n, p in model.named_parameters()}  # type: ignore[attr-defined]
             specs |= slice_parameters(model, mesh)
             _join(model, config, mesh)
+            backend.attach(maps_in_fp8(model, train.fp8))
             if config.parallel.schedule == "zero-bubble" and mesh.axis("pp").size > 1:
                 later[stage.index] = _put_off_weight_gradients(model)
             root: nn.Module = model
@@ -123,7 +137,7 @@ def build_parts(
     first_holder = {name: ranks[0] for name, ranks in holders.items()}
     weights = weights_of(named, specs, mesh, first_holder)
     for model in models.values():
-        model.set_activation_checkpointing(config.train.activation_checkpointing)
+        model.set_activation_checkpointing(config.train.activation_checkpointing, backend.recompute)
     sums = GradientSums(
         weights,
         mesh,
@@ -131,7 +145,8 @@ def build_parts(
         sequence_parallel=config.parallel.sequence_parallel,
         ties={name: ranks for name, ranks in holders.items() if name in weights},
     )
-    return Parts(stages, models, modules, later, weights, inits, sums)
+    place = mesh.axis("ep").rank
+    return Parts(stages, models, modules, later, weights, inits, sums, backend, place)
 
 
 def _layers(config: RunConfig, mesh: Mesh, stage: Stage) -> SwitchTransformer:

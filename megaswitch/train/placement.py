@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from megaswitch.checkpoint.contents import KEYS
 from megaswitch.checkpoint.placement import Held, Region
-from megaswitch.config import RunConfig
+from megaswitch.config import FP8Config, RunConfig
 from megaswitch.data.span_corruption import span_shape
 from megaswitch.model.count import meta_model
 from megaswitch.optim.adafactor import Adafactor
@@ -41,6 +41,7 @@ def placements(config: RunConfig, ranks: int) -> dict[str, Held]:
         UserError: ZeRO cannot divide a parameter so.
     """
     lengths = row_lengths(config)
+    config = in_torch(config)
     if ranks == 1:
         parts = build_parts(config, Mesh(0, 1, _META, None), lengths=lengths)
         return {n: _held(w, {(): [0]}) for n, w in parts.weights.items()}
@@ -87,6 +88,11 @@ def row_lengths(config: RunConfig) -> tuple[int, int]:
         return data.encoder_length, data.encoder_length
     corruption = data.noise_density, data.mean_span_length, data.random_roll
     return data.encoder_length, span_shape(data.encoder_length, *corruption)[1]
+
+
+def in_torch(config: RunConfig) -> RunConfig:
+    """The run multiplied by torch in `train.precision`: what a rehearsal without a GPU is of."""
+    return replace(config, train=replace(config.train, backend="torch", fp8=FP8Config()))
 
 
 def _coordinates(mesh: Mesh) -> dict[str, np.ndarray]:

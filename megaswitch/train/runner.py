@@ -74,7 +74,8 @@ class Runner:
             return total if last is None else total + last
         overlap = self.config.parallel.overlap_gradients
         for number, one in enumerate(micro):
-            output = forward(self.parts.models[0], one, self.precision)
+            with self.parts.backend.forward_pass():
+                output = forward(self.parts.models[0], one, self.precision)
             loss, sums = self._loss(output, one)
             assert loss is not None
             if overlap and number == len(micro) - 1:
@@ -89,7 +90,8 @@ class Runner:
         """Forward over one micro-batch, the layers in evaluation mode."""
         self.micro, self.record = (micro,), record
         if not self.has_pipeline:
-            output = forward(self.parts.models[0], micro, self.precision)
+            with self.parts.backend.forward_pass():
+                output = forward(self.parts.models[0], micro, self.precision)
             record(output, None, micro)
             return
         self.pipeline_for(micro).forward(0, self._carry(micro, parts=False))
@@ -126,7 +128,8 @@ class Runner:
     def _run_stage(self, module: StageModule, inputs: tuple[Tensor, ...], number: int) -> Any:
         """From the activations of the stage before to the next one's, or the loss."""
         micro, model, stage = self.micro[number], module.model, module.stage
-        x, losses, logits = self._run_layers(model, stage, inputs, micro)
+        with self.parts.backend.forward_pass():
+            x, losses, logits = self._run_layers(model, stage, inputs, micro)
         received = (None, None) if stage.first else inputs
         output = SwitchOutput(
             logits, x.encoder, model.reduce(losses.aux), model.reduce(losses.z), losses.routing

@@ -1,4 +1,7 @@
-"""Which parameters a run trains; the others keep their values and take no gradient or state."""
+"""Which parts of a model a run trains, and which it multiplies in FP8, by patterns of names.
+
+What is not trained keeps its values and takes no gradient or optimizer state.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from megaswitch.config import RunConfig
+from megaswitch.config import FP8Config, RunConfig
+from megaswitch.layers.kernels import LinearMap
 from megaswitch.log import ConfigError, UserError
 from megaswitch.model.adapters import is_adapter, linear_maps
 from megaswitch.model.count import meta_model
@@ -21,8 +25,8 @@ def check_trainable(config: RunConfig) -> None:
     Raises:
         ConfigError: naming them, each with the nearest names.
     """
-    lora, optim = config.model.lora, config.optim
-    if not (lora.rank or optim.train_only or optim.freeze):
+    lora, optim, fp8 = config.model.lora, config.optim, config.train.fp8
+    if not (lora.rank or optim.train_only or optim.freeze or fp8.keep):
         return
     model = meta_model(config.model)
     maps = [name for name, _ in linear_maps(model)]
@@ -31,6 +35,7 @@ def check_trainable(config: RunConfig) -> None:
         f"{key} has {pattern!r}, which matches no {what}; near it are {_near(pattern, known)}"
         for key, patterns, known, what in (
             ("model.lora.targets", lora.targets if lora.rank else None, maps, "linear map"),
+            ("train.fp8.keep", fp8.keep, maps, "linear map"),
             ("optim.train_only", optim.train_only, names, "parameter"),
             ("optim.freeze", optim.freeze, names, "parameter"),
         )
@@ -67,6 +72,11 @@ def trainable(names: Iterable[str], config: RunConfig) -> set[str]:
     else:
         chosen = names
     return {n for n in chosen if not _matches(n, optim.freeze or ())}
+
+
+def maps_in_fp8(model: nn.Module, fp8: FP8Config) -> dict[str, LinearMap]:
+    """The linear maps of a model whose products are in FP8, if any are, by name."""
+    return {n: m for n, m in linear_maps(model) if not _matches(n, fp8.keep or ())}
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -232,6 +232,7 @@ class Trainer:
 
         loss = self.runner.backward(micro, whole, record)
         self.parts.gradients.finish()
+        self.parts.backend.finish_step()
         norm = clip_gradients(
             self.parts.parameters(), self.config.optim.clip_grad_norm, self.mesh
         ).item()
@@ -279,7 +280,12 @@ class Trainer:
     def _save(self, *, wait: bool, best: bool = False) -> str:
         """Save; in the background, unless it is to be waited for. Says what happened."""
         path = self.checkpoints.save(
-            self.config, self.state, self.parts.weights, self.optimizer, best=best
+            self.config,
+            self.state,
+            self.parts.weights,
+            self.optimizer,
+            others=self.parts.remembered(),
+            best=best,
         )
         if wait:
             self.checkpoints.wait()
@@ -336,7 +342,7 @@ def _first_state(
             check_resume(newest, config, loader, teacher)
     if newest:
         info(f"resuming from {newest}")
-        return manager.restore(newest, parts.weights, optimizer)
+        return manager.restore(newest, parts.weights, optimizer, others=parts.remembered())
     parts.initialize(config.train.seed)
     if config.train.init_from:
         take_weights(Path(config.train.init_from), config, parts, mesh)

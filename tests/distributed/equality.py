@@ -135,6 +135,7 @@ class Training:
         for step in range(number):
             loss = runner.backward(self.micro_batches(step), size, record)
             self.parts.gradients.finish()
+            self.parts.backend.finish_step()
             loss = self.mesh.sum_(loss)
             if step == 0:
                 outcome.gradients = self._held("gradients")
