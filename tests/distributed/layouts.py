@@ -27,7 +27,8 @@ from megaswitch.config import (
 ROWS = 32  # of a global batch
 ENCODER, DECODER = 12, 8  # tokens of a row
 GROUP_ROWS = 2  # rows routed together
-EXPERTS, BLOCKS = 8, 8
+EXPERTS = 8
+BLOCKS = 8  # of the longest pipelines; half of them are as good elsewhere, and take half as long
 CLIP = 0.05  # below all gradient norms here
 
 
@@ -103,15 +104,25 @@ FREE: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A mesh and what is chosen there."""
+    """A mesh and what is chosen there. None: as many blocks as the mesh needs."""
 
     grid: Grid = field(default_factory=Grid)
     structure: Structure = field(default_factory=Structure)
     free: Free = field(default_factory=Free)
+    given_blocks: int | None = None
+
+    @property
+    def blocks(self) -> int:
+        return self.given_blocks or (BLOCKS if self.grid.pp > 2 else BLOCKS // 2)
 
     @property
     def ranks(self) -> int:
         return self.grid.ranks
+
+    def alone(self) -> Case:
+        """The same model in one process, in one micro-batch and without any option of layouts."""
+        free = replace(self.free, activation_checkpointing=False)
+        return Case(Grid(), Structure(), free, self.blocks)
 
     def __str__(self) -> str:
         values = {**asdict(self.structure), **asdict(self.free)}
@@ -190,8 +201,8 @@ def config(case: Case, precision: Literal["fp32", "bf16"] = "fp32", **changes: A
         "d_kv": 4,
         "d_ff": 32,
         "num_heads": 8,
-        "num_encoder_layers": BLOCKS // 2,
-        "num_decoder_layers": BLOCKS // 2,
+        "num_encoder_layers": case.blocks // 2,
+        "num_decoder_layers": case.blocks // 2,
         "dropout": free.dropout,
         "tie_embeddings": free.tie_embeddings,
         "activation": free.activation,

@@ -8,7 +8,7 @@ import torch
 from megaswitch.config import FP8Config, RunConfig
 from tests.distributed import layouts
 from tests.distributed.equality import compare, train, train_alone
-from tests.distributed.layouts import Case, Grid, Structure, config
+from tests.distributed.layouts import Case, config
 
 STEPS = 3  # the first rounds nothing
 FP8 = FP8Config(recipe="delayed", amax_history=4)
@@ -28,7 +28,7 @@ def in_fp8(case: Case, fp8: FP8Config = FP8) -> RunConfig:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.grid))
 def test_a_layout_trains_in_fp8_as_one_process_does(world, case):
-    single = Case(Grid(), Structure(), replace(case.free, activation_checkpointing=False))
+    single = case.alone()
     (expected,) = world.run(1, train_alone, in_fp8(single), torch.float64, STEPS)
     outcomes = world.run(case.ranks, train, in_fp8(case), torch.float64, STEPS)
     assert compare(outcomes, expected, 1e-10, 1e-9) == {}
@@ -42,7 +42,7 @@ def test_a_layout_trains_in_fp8_as_one_process_does(world, case):
 @pytest.mark.parametrize("recipe", ["current", "block", "mxfp8"])
 def test_scales_of_tensors_on_a_rank_stay_close(world, recipe):
     case = layouts.case("ep2·tp2", sequence_parallel=True)
-    single = Case(Grid(), Structure(), case.free)
+    single = case.alone()
     fp8 = FP8Config(recipe=recipe)
     (expected,) = world.run(1, train_alone, in_fp8(single, fp8), torch.float32, 1)
     outcomes = world.run(case.ranks, train, in_fp8(case, fp8), torch.float32, 1)

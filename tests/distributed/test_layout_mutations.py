@@ -22,7 +22,7 @@ from megaswitch.parallel.mesh import Mesh
 from megaswitch.train import runner
 from megaswitch.train.parts import Parts
 from tests.distributed.equality import Outcome, compare, train, train_alone
-from tests.distributed.layouts import Case, Grid, Structure, case, config
+from tests.distributed.layouts import Case, case, config
 
 EVERYTHING = ""
 SEQUENCE = case("tp2", sequence_parallel=True)
@@ -202,7 +202,7 @@ def train_with(bug: str, config: RunConfig) -> Outcome:
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_found_and_named(world, bug):
     plan = BUGS[bug]
-    single = config(Case(Grid(), Structure(), plan.case.free))
+    single = config(plan.case.alone())
     (expected,) = world.run(1, train_alone, single, torch.float64, 1)
     outcomes = world.run(plan.case.ranks, train_with, bug, config(plan.case))
     found = compare(outcomes, expected, 1e-10, 1e-9)

@@ -1,7 +1,6 @@
 """Every layout trains as one process does: losses, every gradient, every weight afterwards."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from megaswitch.rules_parallel import check_parallel
 from tests.distributed import layouts
 from tests.distributed.equality import Outcome, compare, train, train_alone
-from tests.distributed.layouts import CLIP, GRIDS, Case, Grid, Structure, config
+from tests.distributed.layouts import CLIP, GRIDS, Case, config
 from tests.distributed.world import RankError, World
 
 GRADIENTS = 1e-10  # relative to a tensor's largest element
@@ -24,11 +23,11 @@ Reference = Callable[..., Outcome]
 
 @pytest.fixture(scope="module")
 def alone(world: World) -> Reference:
-    """What one process does of a case, in one micro-batch and without any option of layouts."""
+    """What one process does of a case."""
     known: dict[Any, Outcome] = {}
 
     def find(case: Case, dtype: torch.dtype, steps: int, precision: str = "fp32") -> Outcome:
-        single = Case(Grid(), Structure(), replace(case.free, activation_checkpointing=False))
+        single = case.alone()
         key = single, dtype, steps, precision
         if key not in known:
             (known[key],) = world.run(1, train_alone, config(single, precision), dtype, steps)

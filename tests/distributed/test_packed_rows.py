@@ -10,7 +10,7 @@ from megaswitch.layers.noise import Noise
 from megaswitch.train.objectives import MicroBatch
 from tests.distributed import layouts
 from tests.distributed.equality import CPU, Outcome, Training, compare, working_in
-from tests.distributed.layouts import Case, Grid, Structure, config
+from tests.distributed.layouts import config
 
 CASES = [
     layouts.case("tp2", sequence_parallel=True),
@@ -53,7 +53,7 @@ def train(config: Any, kind: type[Training]) -> Outcome:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.grid))
 def test_packed_rows_train_as_in_one_process(world, case):
-    single = Case(Grid(), Structure(), replace(case.free, activation_checkpointing=False))
+    single = case.alone()
     (expected,) = world.run(1, train, config(single), PackedTraining)
     (whole,) = world.run(1, train, config(single), WholeTraining)
     assert abs(expected.loss - whole.loss) > 1e-4, "segments must matter here"
