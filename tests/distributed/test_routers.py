@@ -30,6 +30,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 # Sums over ranks in fp64, and an update is the gradient over its own size.
 GRADIENTS, PARAMETERS, STEPS = 1e-10, 1e-9, 2
+PARTS = 3  # of a model's cases, so that no test is long
 
 
 def config(name: str, case: Case) -> RunConfig:
@@ -86,14 +87,35 @@ def test_a_layout_trains_as_one_process_does(world, alone, name, case):
     compare_layout(world, alone, name, case)
 
 
+# Of eight ranks those with three axes. How a layout's other options get on with each other is a
+# matter of the base model, whose pairs `test_layouts` goes through on every mesh.
+MESHES = tuple(grid for grid in GRIDS if grid.ranks <= 4 or len(layouts.axes(grid)) == 3)
+
+
+def allowed(name: str, case: Case) -> Case:
+    """The case itself, or with the capacity that every router has."""
+    if check(config(name, case), case.ranks):
+        case = replace(case, free=replace(case.free, capacity_mode="group"))
+    return case
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("name", MODELS)
-def test_a_mesh_trains_as_one_process_does(world, alone, name, grid):
-    structures = layouts.structures(grid)
-    free = (Free(), Free(activation="gated-gelu", activation_checkpointing=True, dropout=0.0))
-    for structure, some in zip((structures[0], structures[-1]), free, strict=True):
-        compare_layout(world, alone, name, Case(grid, structure, some))
+def test_all_pairs_of_what_a_router_meets_train_as_one_process_does(world, alone, name, part):
+    for one in layouts.routed_cover(MESHES)[part::PARTS]:
+        compare_layout(world, alone, name, allowed(name, one))
+
+
+@pytest.mark.long
+def test_those_are_all_pairs():
+    def met(item):
+        return item[1] == "several" or item[0] in layouts.ROUTED
+
+    possible = {pair for pair in layouts.possible_pairs(MESHES) if all(map(met, pair))}
+    covered = set().union(*map(layouts.routed_pairs, layouts.routed_cover(MESHES)))
+    assert len(possible) > 200
+    assert possible <= covered
 
 
 # ---------------------------------------------------------------- precision
