@@ -69,15 +69,13 @@ WHOLE = case("ep2·tp2", sequence_parallel=False, ep_chunks=2, activation="gated
 SHARDED = case("edp2·ep2", zero="full", activation_checkpointing=True, micro_batches=2)
 PIPELINE = case("pp2·ep2·tp2", schedule="1f1b", sequence_parallel=True, micro_batches=2)
 DEFERRED = case("pp2·ep2", schedule="zero-bubble", micro_batches=2, capacity_mode="dropless")
+# Each router where its tokens are sliced and where they are exchanged; the long tier has all pairs.
 SHORT = [
-    ("top-2", SEQUENCE), ("top-2", WHOLE), ("top-2", SHARDED), ("top-2", PIPELINE),
-    ("top-2, all", DEFERRED),
+    ("top-2", SEQUENCE), ("top-2", SHARDED), ("top-2, all", WHOLE),
     ("ntlb", SEQUENCE), ("ntlb", SHARDED),
-    ("expert-choice", SEQUENCE), ("expert-choice", WHOLE), ("expert-choice", SHARDED),
-    ("sampled", SEQUENCE), ("sampled", SHARDED),
-    ("attention", SEQUENCE), ("attention", WHOLE), ("attention", SHARDED),
-    ("attention", DEFERRED),
-    ("attention and ffn", SEQUENCE), ("attention and ffn", WHOLE),
+    ("expert-choice", SEQUENCE), ("expert-choice", SHARDED),
+    ("sampled", SEQUENCE),
+    ("attention", WHOLE), ("attention", SHARDED), ("attention", DEFERRED),
     ("attention and ffn", PIPELINE),
 ]  # fmt: skip
 
@@ -140,10 +138,10 @@ def exchanged(config: RunConfig) -> tuple[Outcome, set[torch.dtype]]:
 )
 def test_what_travels_in_a_bf16_run(world, precision, travels):
     moe = {"router_precision": precision, "attention": "ffn"}
-    layout = case("edp2·ep2", zero="full")
+    layout = case("ep2", zero="full")
     single = layouts.config(Case(free=layout.free), "bf16", moe=moe)
     (expected,) = world.run(1, train_alone, single, torch.float32, 1)
-    found = world.run(4, exchanged, layouts.config(layout, "bf16", moe=moe))
+    found = world.run(2, exchanged, layouts.config(layout, "bf16", moe=moe))
     for outcome, seen in found:
         assert seen == {travels}
         assert outcome.loss == pytest.approx(expected.loss, rel=1e-2)
@@ -157,7 +155,7 @@ def complete_in_fp64(config: RunConfig) -> list[list[Completion]]:
         return complete(config)
 
 
-@pytest.mark.parametrize("layout", ["ep2·tp2", "edp2·ep2"])
+@pytest.mark.parametrize("layout", ["ep2·tp2", pytest.param("edp2·ep2", marks=pytest.mark.long)])
 def test_texts_of_expert_attention_and_two_experts_are_those_of_one_process(world, layout):
     options = {"attention": "linear", "router": "top-2", "exploration": "argmax"}
 

@@ -113,6 +113,8 @@ class Workflows:
         more = [
             f"train.init_from={self.folder}/switch", f"data.tasks.lang={self.tasks}/lang.toml",
             "data.encoder_length=32", "data.decoder_length=8", "train.valid_interval=1", *sources,
+            # Stages of a pipeline do not write answers while they train.
+            *(["train.valid_metrics=false"] if self.pipeline else []),
         ]  # fmt: skip
         for steps in (1, 2):
             words = self.words("tuned", steps, *more)
@@ -151,7 +153,7 @@ class Workflows:
                 prune(source, target, self.folder / "usage.json", 2, merge=True)
         self.evaluate("pruned", found)
         request = TaskRequest(
-            checkpoint=self.folder / "tuned/checkpoints/best", samples=6, batch_size=4,
+            checkpoint=self.folder / "tuned", samples=6, batch_size=4,
             tasks=[f"lang={self.tasks}/lang_valid.jsonl"], **self.spread,
         )  # fmt: skip
         plan = request.plan(self.ranks)
