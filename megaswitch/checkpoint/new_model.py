@@ -17,6 +17,8 @@ from megaswitch.checkpoint.streams import Source, Target
 from megaswitch.checkpoint.tensor_files import StoredTensor, read_chunks, read_headers
 from megaswitch.config import ModelConfig, ParallelConfig, RunConfig
 from megaswitch.log import UserError
+from megaswitch.rules import check_groups, check_model
+from megaswitch.rules_moe import check_moe
 
 
 @dataclass(frozen=True)
@@ -74,19 +76,24 @@ def make_model(
     Args:
         source: the checkpoint that it is made from, or a run folder, whose newest is taken.
         target: of the new checkpoint; must not exist.
-        change: from that checkpoint's path and configuration to the new model; may refuse it.
+        change: from that checkpoint's path and configuration to the new model; may refuse them.
         make: the new model's parameters; made one after the other, so that memory holds a matrix
             or two.
 
     Raises:
-        UserError: `target` exists or cannot be written, and then is not there; or `source` is
-            refused, or damaged.
+        UserError: `target` exists or cannot be written, and then is not there; `source` is refused
+            or damaged; or no model may be as the new one.
     """
     if target.exists():
         raise UserError(f"{target} exists already; choose another name, or remove it first")
     path = find_checkpoint(source)
     config = read_config(path)
     model = replace(change(path, config), preset=None)
+    new = replace(config, model=model)
+    found = (*check_model(model), *check_moe(new), *check_groups(new))
+    # How many rows are computed at a time is for whoever runs the model to say.
+    if problems := [problem for problem in found if "micro_batch" not in problem]:
+        raise UserError("\n".join(problems))
     verify(path)
     stored = read_headers(sorted(path.glob("*.safetensors")))
     targets = make(Original(path, config, stored), model)

@@ -139,9 +139,10 @@ def prune(source: Path, target: Path, usage_file: Path, number: int, *, merge: b
 
 
 def prefix(layer: str) -> str:
-    """The name of a Switch layer's module: `encoder.layers.1.ffn` of `encoder.1.ffn`."""
+    """The module of router and experts: `encoder.layers.1.ffn` of `encoder.1.ffn`."""
     stack, _, rest = layer.partition(".")
-    return f"{stack}.layers.{rest}"
+    within = ".switch" if layer.endswith(".self_attention") else ""
+    return f"{stack}.layers.{rest}{within}"
 
 
 def _targets(

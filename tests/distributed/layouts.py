@@ -235,11 +235,15 @@ Item = tuple[str, Any]
 Pair = tuple[Item, Item]
 
 
+def axes(grid: Grid) -> list[Item]:
+    """Those of several ranks."""
+    return [(axis, "several") for axis, size in asdict(grid).items() if size > 1]
+
+
 def items(case: Case) -> list[Item]:
     """What a case has that means something."""
-    axes = [(axis, "several") for axis, size in asdict(case.grid).items() if size > 1]
     options = {**asdict(case.structure), **asdict(case.free)}
-    return [*axes, *((k, v) for k, v in options.items() if v is not None)]
+    return [*axes(case.grid), *((k, v) for k, v in options.items() if v is not None)]
 
 
 def pairs(case: Case) -> Iterator[Pair]:
@@ -318,6 +322,40 @@ def cover(of: Sequence[Grid]) -> list[Case]:
     while missing:
         take(_best(of, missing, len(chosen), next(iter(missing))))
     return chosen
+
+
+# What decides where a router's tokens lie, when they are looked at, and how its losses travel.
+ROUTED = ("capacity_mode", "dropout", "activation_checkpointing", "sequence_parallel", "zero",
+          "schedule", "ep_chunks", "micro_batches")  # fmt: skip
+
+
+def routed_pairs(case: Case) -> set[tuple[Item, ...]]:
+    """The case's pairs of axes and of what a router meets; its other options one by one."""
+    met = [item for item in items(case) if item[1] == "several" or item[0] in ROUTED]
+    return {(item,) for item in items(case)} | set(itertools.combinations(met, 2))
+
+
+@cache
+def routed_cover(of: tuple[Grid, ...]) -> list[Case]:
+    """Few cases on some meshes that have all their `routed_pairs`; the same at every call."""
+    options = [k for k in FREE if k in ROUTED]
+    free = []
+    for number, chosen in enumerate(itertools.product(*(FREE[k] for k in options))):
+        others = {k: v[number % len(v)] for k, v in FREE.items() if k not in options}
+        free.append(Free(**dict(zip(options, chosen, strict=True)), **others))
+    candidates = {}
+    for grid in of:
+        for structure in structures(grid):
+            for one in free:
+                case = Case(grid, structure, one)
+                candidates[case] = routed_pairs(case)
+    missing = set().union(*candidates.values())
+    chosen_cases: list[Case] = []
+    while missing:
+        best = max(candidates, key=lambda case: len(missing & candidates[case]) - _cost(case))
+        chosen_cases.append(best)
+        missing -= candidates[best]
+    return chosen_cases
 
 
 @cache

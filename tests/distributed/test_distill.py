@@ -76,7 +76,7 @@ LIVE = [
     layouts.case("ep2", ep_chunks=2),
     layouts.case("edp2·ep2", zero="full", micro_batches=2),
     layouts.case("ep2·tp2", sequence_parallel=False),
-    layouts.case("edp2·ep2·tp2", zero="optimizer"),
+    pytest.param(layouts.case("edp2·ep2·tp2", zero="optimizer"), marks=pytest.mark.long),
 ]
 KEPT = [
     layouts.case("tp2"),

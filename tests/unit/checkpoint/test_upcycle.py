@@ -156,6 +156,25 @@ def test_pruned_experts_and_router_rows_are_the_old_ones(switch, tmp_path):
     assert read_config(tmp_path / "small").model == small
 
 
+def test_experts_of_attention_are_pruned_too(corpus, tmp_path):
+    moe = ("model.moe.num_experts=4", "model.moe.group_size=128", "model.moe.attention=linear",
+           "model.moe.router=top-2", "train.steps=1")  # fmt: skip
+    run = trained(tmp_path / "run", corpus, *(f"--{word}" for word in moe))
+    layers = [f"{stack}.1.{part}" for stack in ("encoder", "decoder")
+              for part in ("self_attention", "ffn")]  # fmt: skip
+    router = {name: {"tokens_per_expert": USAGE} for name in layers}
+    usage = tmp_path / "usage.json"
+    usage.write_text(json.dumps({"total": {"router": router}}))
+    prune(run, tmp_path / "small", usage, 2, merge=False)
+    before, after = weights(run), weights(tmp_path / "small")
+    pruned = [name for name in after if ".experts." in name or ".router." in name]
+    assert len([name for name in pruned if "self_attention" in name]) >= 4
+    for name in pruned:
+        assert torch.equal(after[name], before[name][[1, 3]]), name
+    with pytest.raises(UserError, match="asks a second expert"):
+        prune(run, tmp_path / "one", usage, 1, merge=False)
+
+
 def test_merged_experts_are_means_weighted_by_use(switch, tmp_path):
     usage = usage_file(tmp_path / "usage.json", [30, 0, 10, 0], [30, 10, 0, 0])
     prune(switch, tmp_path / "one", usage, 1, merge=True)

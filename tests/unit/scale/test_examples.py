@@ -14,6 +14,7 @@ from tests.policy.test_readme import parse
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "examples/studies"
 STUDIES = sorted(path for path in FOLDER.glob("*/study.toml") if "title" in path.read_text())
+LARGE = sorted(FOLDER.glob("*/full.toml"))
 # Keys of features that may be missing from this release.
 OPTIONAL = {
     "model.moe.router": r"\brouter = ",
@@ -23,14 +24,15 @@ OPTIONAL = {
 }
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", STUDIES + LARGE, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_all_runs_are_accepted(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     missing = OPTIONAL.keys() - set(known_keys())
     if needed := [key for key in missing if re.search(OPTIONAL[key], path.read_text())]:
         pytest.skip(f"needs {', '.join(needed)}")
     study = load_study(path.relative_to(ROOT))
-    assert str(study.runs) == f"runs/studies/{path.parent.name}"
+    suffix = "" if path.stem == "study" else f"-{path.stem}"
+    assert str(study.runs) == f"runs/studies/{path.parent.name}{suffix}"
     assert len({job.folder for job in study.jobs}) == len(study.jobs) >= 2
     for before in study.file.before:
         parse(before.run)
