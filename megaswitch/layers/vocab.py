@@ -18,6 +18,7 @@ from megaswitch.layers.kernels import kernels_of
 from megaswitch.layers.norm import at_least_fp32
 from megaswitch.layers.parameter import Init, local, parameter
 from megaswitch.parallel.collectives import all_gather
+from megaswitch.parallel.regions import named
 from megaswitch.parallel.tensor_parallel import ALONE, TensorParallel
 
 
@@ -31,6 +32,7 @@ class Embedding(nn.Module):
         self.vocab_size = vocab_size
         self.weight = parameter((vocab_size, d_model), ("tp", None), Init("normal", 1.0))
 
+    @named("vocabulary")
     def forward(self, tokens: Tensor) -> Tensor:
         """Look up tokens [B, L] int64: [B, L, d_model], or [B·L/tp, d_model] of this rank."""
         table = local(self.weight)
@@ -103,6 +105,7 @@ class TokenLosses:
     by_row: Tensor
 
 
+@named("vocabulary")
 def token_losses(
     logits: Tensor,
     targets: Tensor,

@@ -22,6 +22,7 @@ from megaswitch.model.blocks import Block
 from megaswitch.model.router import Routing
 from megaswitch.parallel import expert_parallel
 from megaswitch.parallel.expert_parallel import ExpertParallel
+from megaswitch.parallel.regions import named
 from megaswitch.parallel.tensor_parallel import ALONE, TensorParallel
 
 
@@ -356,6 +357,7 @@ class SwitchTransformer(nn.Module):
             )
         return Activations(encoder, decoder)
 
+    @named("vocabulary")
     def logits(self, hidden: Tensor, shape: torch.Size) -> Tensor:
         """Logits [B, L, V], or of this rank's rows, of the decoder's output of `shape` (B, L)."""
         hidden = self.tp.enter(hidden, shape)
