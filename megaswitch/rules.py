@@ -170,6 +170,11 @@ def _check_kernels(config: RunConfig) -> Iterator[str]:
             f"train.fp8.recipe={fp8.recipe!r} rounds experts that model.moe.router_precision="
             "'fp32' wants in fp32; use router_precision='selective', or recipe='none'"
         )
+    if config.train.loss_tokens and config.distill.teacher is not None:
+        yield (
+            f"train.loss_tokens={config.train.loss_tokens} keeps no logits to compare with those "
+            "of distill.teacher; leave it unset"
+        )
     if config.train.backend == "te" and config.parallel.schedule == "zero-bubble":
         yield (
             "train.backend='te' computes weight gradients at once, and parallel.schedule="

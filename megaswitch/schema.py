@@ -264,6 +264,12 @@ class TrainConfig:
     )
     activation_checkpointing: bool = Field(default=False, description="recompute each block")
     logits_z_loss: float = Field(default=1e-4, ge=0, description="weight of log²Z of the softmax")
+    loss_tokens: int | None = Field(
+        default=None,
+        gt=0,
+        description="target tokens whose logits exist at a time, for large vocabularies; costs the "
+        "head's product once more; unset: all",
+    )
     log_interval: int = Field(default=10, gt=0, description="steps between metric lines")
     valid_interval: int = Field(
         default=500,

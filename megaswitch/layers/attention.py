@@ -13,6 +13,7 @@ from megaswitch.layers.linear import Linear
 from megaswitch.layers.noise import Noise, drop
 from megaswitch.layers.norm import at_least_fp32
 from megaswitch.layers.parameter import Init, local, parameter
+from megaswitch.parallel.regions import named
 from megaswitch.parallel.tensor_parallel import ALONE, TensorParallel
 
 # Finite, so that a row of nothing but padding attends evenly instead of giving NaN; and far enough
@@ -43,6 +44,7 @@ class Attend(nn.Module):
         self.dropout = dropout
         self.site = site
 
+    @named("attention")
     def attend(
         self, q: Tensor, memory: KeyValues, bias: Tensor | None, noise: Noise | None
     ) -> Tensor:
@@ -117,10 +119,12 @@ class Attention(Attend):
         """Attend with queries of x [B, Q, d_model]; see `attend` and `keys_values`."""
         return self.attend(self.queries(x), memory, bias, noise)
 
+    @named("attention")
     def queries(self, x: Tensor) -> Tensor:
         """[B, heads, Q, d_kv] of x [B, Q, d_model]."""
         return self.split_heads(self.q(x))
 
+    @named("attention")
     def keys_values(self, memory: Tensor) -> KeyValues:
         """Keys and values of `memory` [B, K, d_model]."""
         return KeyValues(self.split_heads(self.k(memory)), self.split_heads(self.v(memory)))
@@ -142,6 +146,7 @@ class RelativeBias(nn.Module):
         self.bidirectional = bidirectional
         self.weight = parameter((buckets, num_heads), (None, "tp"), init, is_bias=True)
 
+    @named("attention")
     def forward(self, queries: int, keys: int, first_query: int = 0) -> Tensor:
         """Bias [1, heads, queries, keys]; keys stand at 0 …, queries at `first_query` …
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from megaswitch.layers.parameter import Init, parameter
+from megaswitch.parallel.regions import named
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -21,6 +22,7 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
         self.weight = parameter((size,), (None,), Init("constant", 1.0))
 
+    @named("norms")
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension of x [..., size]."""
         wide = at_least_fp32(x)

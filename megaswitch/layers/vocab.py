@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import register_pytree_node
 
-from megaswitch.layers.kernels import kernels_of
+from megaswitch.layers.kernels import as_autocast, kernels_of
 from megaswitch.layers.norm import at_least_fp32
 from megaswitch.layers.parameter import Init, local, parameter
 from megaswitch.parallel.collectives import all_gather
+from megaswitch.parallel.regions import named
 from megaswitch.parallel.tensor_parallel import ALONE, TensorParallel
 
 
@@ -31,6 +33,7 @@ class Embedding(nn.Module):
         self.vocab_size = vocab_size
         self.weight = parameter((vocab_size, d_model), ("tp", None), Init("normal", 1.0))
 
+    @named("vocabulary")
     def forward(self, tokens: Tensor) -> Tensor:
         """Look up tokens [B, L] int64: [B, L, d_model], or [B·L/tp, d_model] of this rank."""
         table = local(self.weight)
@@ -85,6 +88,37 @@ def join_logits(logits: Tensor, vocab_size: int, tp: TensorParallel) -> Tensor:
 
 
 @dataclass(frozen=True)
+class LazyLogits:
+    """Logits that a loss makes itself, of some tokens at a time: for large vocabularies.
+
+    Attributes:
+        hidden: [B, L, d_model], scaled.
+        table: [V, d_model], or this rank's rows; both in the type to multiply in.
+        rows: tokens at a time.
+    """
+
+    hidden: Tensor
+    table: Tensor
+    rows: int
+
+    @classmethod
+    def of(cls, hidden: Tensor, head: Embedding | Head, rows: int) -> LazyLogits:
+        """Like `tied_logits`, or like the head's own."""
+        if isinstance(head, Embedding):
+            hidden = hidden * head.weight.shape[1] ** -0.5
+        hidden, table = as_autocast(hidden, local(head.weight))
+        return cls(hidden, table, rows)
+
+
+# FSDP2 finds the tensors of an output only if it is a pytree.
+register_pytree_node(
+    LazyLogits,
+    lambda lazy: ([lazy.hidden, lazy.table], lazy.rows),
+    lambda tensors, rows: LazyLogits(*tensors, rows),  # type: ignore[call-arg]
+)
+
+
+@dataclass(frozen=True)
 class TokenLosses:
     """Sums over the counted target tokens.
 
@@ -103,8 +137,9 @@ class TokenLosses:
     by_row: Tensor
 
 
+@named("vocabulary")
 def token_losses(
-    logits: Tensor,
+    logits: Tensor | LazyLogits,
     targets: Tensor,
     mask: Tensor,
     *,
@@ -114,14 +149,19 @@ def token_losses(
     """Sum the loss of logits against targets [B, L] where `mask` [B, L] is True.
 
     Args:
-        logits: [B, L, V], or [B, L, n] of this rank's rows of the vocabulary.
+        logits: [B, L, V], or [B, L, n] of this rank's rows of the vocabulary; or what they are
+            made of.
         targets: [B, L] int64.
         mask: [B, L] bool.
         tp: who has the other rows.
         vocab_size: V; needed if there are others.
     """
     first = tp.part(vocab_size).start if vocab_size else 0
-    scores = _TargetScores.apply(logits.flatten(0, -2), targets.flatten(), first, tp)
+    if isinstance(logits, LazyLogits):
+        hidden = logits.hidden.flatten(0, -2)
+        scores = _LazyScores.apply(hidden, logits.table, targets.flatten(), first, tp, logits.rows)
+    else:
+        scores = _TargetScores.apply(logits.flatten(0, -2), targets.flatten(), first, tp)
     log_z, chosen, best = (score.view(targets.shape) for score in scores)
     losses = (log_z - chosen) * mask
     return TokenLosses(
@@ -145,15 +185,11 @@ class _TargetScores(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, first: int, tp: TensorParallel
     ) -> tuple[Tensor, Tensor, Tensor]:
-        blocks = logits.split(rows_in_cache(logits))
-        log_z = torch.cat([torch.logsumexp(at_least_fp32(block), -1) for block in blocks])
-        if tp.size == 1:
-            chosen = at_least_fp32(logits.gather(1, targets[:, None])[:, 0])
-            best = logits.argmax(-1)
-        else:
-            log_z, chosen, best = _over_vocabulary(logits, targets - first, first, log_z, tp)
+        size = rows_in_cache(logits)
+        blocks = zip(logits.split(size), targets.split(size), strict=True)
+        log_z, chosen, best = _over_vocabulary([_scores_of(*b, first) for b in blocks], tp)
         ctx.save_for_backward(logits, targets, log_z)
-        ctx.first, ctx.divided = first, tp.size > 1
+        ctx.first = first
         ctx.mark_non_differentiable(best)
         return log_z, chosen, best
 
@@ -163,56 +199,111 @@ class _TargetScores(torch.autograd.Function):
         ctx: Any, log_z_grad: Tensor, chosen_grad: Tensor, _: Tensor
     ) -> tuple[Tensor, None, None, None]:
         logits, targets, log_z = ctx.saved_tensors
-        if ctx.divided:
-            targets = targets - ctx.first
-            elsewhere = (targets < 0) | (targets >= logits.shape[1])
-            targets = targets.masked_fill(elsewhere, 0)
-            chosen_grad = chosen_grad.masked_fill(elsewhere, 0.0)
         grad = torch.empty_like(logits)
+        size = rows_in_cache(logits)
         columns = (targets, log_z, log_z_grad, chosen_grad)
-        blocks = (
-            t.split(rows_in_cache(logits)) for t in (grad, logits, *(c[:, None] for c in columns))
-        )
+        blocks = (t.split(size) for t in (grad, logits, *columns))
         for out, block, target, z, z_grad, chosen in zip(*blocks, strict=True):
-            softmax = (at_least_fp32(block) - z).exp_()
-            softmax.mul_(z_grad).scatter_add_(1, target, chosen)
-            out.copy_(softmax)
+            out.copy_(_gradient_of(block, target, z, z_grad, chosen, ctx.first))
         return grad, None, None, None
 
 
-def _over_vocabulary(
-    logits: Tensor, targets: Tensor, first: int, log_z: Tensor, tp: TensorParallel
-) -> tuple[Tensor, Tensor, Tensor]:
+class _LazyScores(torch.autograd.Function):
+    """The same of hidden [N, d] and this rank's rows of the table [n, d].
+
+    Logits exist of some rows at a time, and are made again in the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        table: Tensor,
+        targets: Tensor,
+        first: int,
+        tp: TensorParallel,
+        rows: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        blocks = zip(hidden.split(rows), targets.split(rows), strict=True)
+        found = [_scores_of(h @ table.t(), target, first) for h, target in blocks]
+        log_z, chosen, best = _over_vocabulary(found, tp)
+        ctx.save_for_backward(hidden, table, targets, log_z)
+        ctx.first, ctx.rows = first, rows
+        ctx.mark_non_differentiable(best)
+        return log_z, chosen, best
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, log_z_grad: Tensor, chosen_grad: Tensor, _: Tensor
+    ) -> tuple[Tensor, Tensor, None, None, None, None]:
+        hidden, table, targets, log_z = ctx.saved_tensors
+        hidden_grad = torch.empty_like(hidden)
+        table_grad = torch.zeros_like(at_least_fp32(table))
+        columns = (targets, log_z, log_z_grad, chosen_grad)
+        blocks = (t.split(ctx.rows) for t in (hidden_grad, hidden, *columns))
+        for out, h, target, z, z_grad, chosen in zip(*blocks, strict=True):
+            logits = h @ table.t()
+            grad = _gradient_of(logits, target, z, z_grad, chosen, ctx.first).to(logits.dtype)
+            torch.mm(grad, table, out=out)
+            table_grad += grad.t() @ h
+        return hidden_grad, table_grad.to(table.dtype), None, None, None, None
+
+
+def _scores_of(logits: Tensor, targets: Tensor, first: int) -> Tensor:
+    """[4, N] in at least fp32, of logits [N, n] of this rank's rows of the vocabulary.
+
+    log Z; the logit of the target, 0 if another rank has it; the largest logit, and its column.
+    """
+    here, elsewhere = _columns(targets, first, logits.shape[1])
+    largest, best = logits.max(-1)
+    log_z = torch.logsumexp(at_least_fp32(logits), -1)
+    chosen = logits.gather(1, here[:, None])[:, 0].masked_fill(elsewhere, 0.0)
+    # Exact: fp32 holds any vocabulary's integers.
+    return torch.stack([log_z, *(t.to(log_z.dtype) for t in (chosen, largest, best + first))])
+
+
+def _columns(targets: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
+    """Targets counted from this rank's first row, 0 where others have them; and where that is."""
+    elsewhere = (targets < first) | (targets >= first + size)
+    return (targets - first).masked_fill(elsewhere, 0), elsewhere
+
+
+def _over_vocabulary(found: list[Tensor], tp: TensorParallel) -> tuple[Tensor, Tensor, Tensor]:
     """Put ranks' runs of the vocabulary together, by one collective of four numbers a row.
 
     Args:
-        logits: [N, n] of this rank's rows.
-        targets: [N], counted from this rank's first row.
-        first: that row.
-        log_z: [N] over this rank's rows.
+        found: of `_scores_of`, of runs of rows.
         tp: the ranks.
 
     Returns:
         log Z, the target's logit and the largest logit's column, [N] each.
     """
-    elsewhere = (targets < 0) | (targets >= logits.shape[1])
-    chosen = logits.gather(1, targets.masked_fill(elsewhere, 0)[:, None])[:, 0]
-    largest, best = logits.max(-1)
-    mine = torch.stack(
-        [
-            log_z,
-            chosen.masked_fill(elsewhere, 0.0).to(log_z.dtype),
-            largest.to(log_z.dtype),
-            (best + first).to(log_z.dtype),  # exact: fp32 holds any vocabulary's integers
-        ]
-    )
+    mine = torch.cat(found, 1)
+    if tp.size == 1:
+        return mine[0], mine[1], mine[3].long()
     log_zs, chosens, largests, bests = all_gather(mine, tp.axis).unbind(1)
     winner = largests.argmax(0, keepdim=True)  # the first of equals, as argmax over all would give
     column = bests.gather(0, winner)[0].long()
     return torch.logsumexp(log_zs, 0), chosens.sum(0), column
 
 
+def _gradient_of(
+    logits: Tensor,
+    targets: Tensor,
+    log_z: Tensor,
+    log_z_grad: Tensor,
+    chosen_grad: Tensor,
+    first: int,
+) -> Tensor:
+    """Gradient of logits [N, n], in at least fp32, from those of log Z and the target's logit."""
+    here, elsewhere = _columns(targets, first, logits.shape[1])
+    softmax = (at_least_fp32(logits) - log_z[:, None]).exp_()
+    softmax.mul_(log_z_grad[:, None])
+    return softmax.scatter_add_(1, here[:, None], chosen_grad.masked_fill(elsewhere, 0.0)[:, None])
+
+
 def rows_in_cache(logits: Tensor) -> int:
-    """How many rows to take at a time: on a CPU about a megabyte of fp32, elsewhere all."""
-    fit = (1 << 18) // logits.shape[1] if kernels_of(logits) == "cpu" else len(logits)
+    """How many rows to take at a time, as fp32: on a CPU about a megabyte, elsewhere 256."""
+    fit = (1 << (18 if kernels_of(logits) == "cpu" else 26)) // logits.shape[1]
     return max(1, fit)

@@ -15,6 +15,7 @@ from megaswitch.model.dispatch import Dispatch
 from megaswitch.model.ffn import activate
 from megaswitch.parallel import expert_parallel, tensor_parallel
 from megaswitch.parallel.expert_parallel import ExpertParallel
+from megaswitch.parallel.regions import named
 from megaswitch.parallel.tensor_parallel import TensorParallel
 
 # Applied to rows sorted by expert, and where each expert's rows end.
@@ -53,7 +54,7 @@ class ExpertStack(nn.Module):
             keys: [R] int64, from which each row's dropout is drawn, or None.
         """
         if self.ep.size == 1:
-            return self._work(x, dispatch.ends, keys, self._maps(1)[0])
+            return self._compute(x, dispatch.ends, keys, self._maps(1)[0])
         # Batches of evaluation may differ in rows, so there the ranks' slots would too.
         shipment = self.ep.ship(dispatch.counts(), slots if self.training else None)
         arriving = [shipment.send(part, i) for i, part in enumerate(shipment.pack(x))]
@@ -63,9 +64,13 @@ class ExpertStack(nn.Module):
             here = Dispatch.by_expert(*shipment.contents(i), shipment.experts)
             rows = self.tp.gather_features(here.gather(arriving[i].land()))
             own = None if arriving_keys is None else arriving_keys[i][here.order]
-            y = self._outgoing(self._work(rows, here.ends, own, maps))
+            y = self._outgoing(self._compute(rows, here.ends, own, maps))
             returning.append(shipment.send_back(here.restore(y), i))
         return shipment.unpack([flight.land() for flight in returning])
+
+    @named("experts")
+    def _compute(self, x: Tensor, ends: Tensor, keys: Tensor | None, maps: list[Map]) -> Tensor:
+        return self._work(x, ends, keys, maps)
 
     def _stacks(self) -> list[GroupedLinear]:
         """The experts' matrices, in the order in which `_work` gets their maps."""

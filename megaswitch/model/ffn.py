@@ -9,6 +9,7 @@ from megaswitch.config import ModelConfig
 from megaswitch.layers.linear import Linear
 from megaswitch.layers.noise import Noise, drop
 from megaswitch.layers.parameter import scaled
+from megaswitch.parallel.regions import named
 from megaswitch.parallel.tensor_parallel import ALONE, TensorParallel
 
 
@@ -40,6 +41,7 @@ class FeedForward(nn.Module):
         last = scaled(config.init_scale, config.d_ff)
         self.wo = Linear(config.d_ff, config.d_model, shard="row", init=last)
 
+    @named("dense FFN")
     def forward(self, x: Tensor, noise: Noise | None) -> Tensor:
         """Map x [B, L, d_model] to the same shape."""
         inner = activate(self.wi_1(x), self.wi_0(x)) if self.gated else activate(self.wi(x), None)

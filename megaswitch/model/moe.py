@@ -13,6 +13,7 @@ from megaswitch.model.experts import Experts, ExpertStack
 from megaswitch.model.groups import Draws, group_tokens, into_groups
 from megaswitch.model.router import Routing
 from megaswitch.model.routers import ROUTERS
+from megaswitch.parallel.regions import named
 from megaswitch.parallel.tensor_parallel import ALONE, TensorParallel
 
 
@@ -54,6 +55,7 @@ class SwitchLayer(nn.Module):
         routing: Routing = self.router(x if parts else into_groups(x, rows), groups, draws)
         return routing
 
+    @named("dispatch")
     def work(
         self, x: Tensor, mask: Tensor, routing: Routing, noise: Noise | None
     ) -> tuple[Tensor, Dispatch]:
@@ -71,6 +73,7 @@ class SwitchLayer(nn.Module):
         keys = self._dropout_keys(routing, dispatch, mask.shape[1], noise)
         return self.experts(dispatch.gather(rows), dispatch, routing.slots, keys), dispatch
 
+    @named("dispatch")
     def combine(self, y: Tensor, dispatch: Dispatch, routing: Routing, tokens: int) -> Tensor:
         """Sum rows y [R, …] of `work` by token, times gates: [tokens, …] in the features of y.
 
@@ -122,6 +125,7 @@ class SwitchFFN(SwitchLayer):
     def __init__(self, config: ModelConfig, site: str) -> None:
         super().__init__(config, site, Experts(config, f"{site}.experts"))
 
+    @named("dispatch")
     def forward(
         self,
         x: Tensor,

@@ -20,6 +20,7 @@ from megaswitch.layers.norm import at_least_fp32
 from megaswitch.layers.parameter import parameter, scaled
 from megaswitch.model.dispatch import queue_positions
 from megaswitch.model.groups import Draws, TokenGroups
+from megaswitch.parallel.regions import named
 from megaswitch.parallel.tensor_parallel import ALONE, TensorParallel
 
 
@@ -121,6 +122,7 @@ class Router(nn.Module):
         """
         raise NotImplementedError
 
+    @named("router")
     def forward(self, x: Tensor, groups: TokenGroups, draws: Draws | None) -> Routing:
         """Route.
 

@@ -16,12 +16,13 @@ from megaswitch.layers.noise import Noise, dropout
 from megaswitch.layers.norm import RMSNorm
 from megaswitch.layers.parameter import Init, initialize, scaled
 from megaswitch.layers.torch_backend import recompute
-from megaswitch.layers.vocab import Embedding, Head, tied_logits
+from megaswitch.layers.vocab import Embedding, Head, LazyLogits, tied_logits
 from megaswitch.model.adapters import add_adapters
 from megaswitch.model.blocks import Block
 from megaswitch.model.router import Routing
 from megaswitch.parallel import expert_parallel
 from megaswitch.parallel.expert_parallel import ExpertParallel
+from megaswitch.parallel.regions import named
 from megaswitch.parallel.tensor_parallel import ALONE, TensorParallel
 
 
@@ -84,11 +85,13 @@ class SwitchOutput:
     """What a forward pass gives.
 
     Attributes:
-        logits: [B, Ld, V], or of this rank's rows of the vocabulary; None from layers below.
+        logits: [B, Ld, V], or of this rank's rows of the vocabulary; None from layers below, and
+            where the loss makes them.
         encoder_hidden: [B, Le, d_model], after the final norm; or of this rank's tokens.
         aux_loss: scalar, load-balancing loss reduced over layers, before its weight α.
         z_loss: scalar, router z-loss reduced over layers, before its weight.
         routing: per Switch layer, by name (`encoder.1.ffn`), detached.
+        lazy_logits: what logits are made of, where the loss makes them.
     """
 
     logits: Tensor | None
@@ -96,6 +99,7 @@ class SwitchOutput:
     aux_loss: Tensor
     z_loss: Tensor
     routing: dict[str, LayerRouting]
+    lazy_logits: LazyLogits | None = None
 
 
 register_dataclass(SwitchOutput)  # as `Routing` is
@@ -231,6 +235,7 @@ class SwitchTransformer(nn.Module):
 
     tp: TensorParallel = ALONE
     ep: ExpertParallel = expert_parallel.ALONE
+    loss_tokens: int | None = None  # whose logits a training loss makes at a time
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -305,13 +310,7 @@ class SwitchTransformer(nn.Module):
         losses = RouterLosses()
         embedded = self.embed(encoder_tokens, decoder_tokens, noise)
         memory, hidden = self.advance(embedded, inputs, losses)
-        return SwitchOutput(
-            self.logits(hidden, decoder_tokens.shape),
-            memory,
-            self.reduce(losses.aux),
-            self.reduce(losses.z),
-            losses.routing,
-        )
+        return self.output(hidden, memory, decoder_tokens.shape, losses)
 
     def embed(
         self, encoder_tokens: Tensor, decoder_tokens: Tensor, noise: Noise | None
@@ -356,6 +355,27 @@ class SwitchTransformer(nn.Module):
             )
         return Activations(encoder, decoder)
 
+    def output(
+        self, hidden: Tensor | None, memory: Tensor, shape: torch.Size, losses: RouterLosses
+    ) -> SwitchOutput:
+        """What the layers here give.
+
+        Args:
+            hidden: the decoder's output of `shape` (B, L), where it is complete.
+            memory: the encoder's.
+            shape: see above.
+            losses: of these layers.
+        """
+        logits = lazy = None
+        if hidden is not None and self.loss_tokens and self.training and torch.is_grad_enabled():
+            head = self.embedding if self.config.tie_embeddings else self.head
+            lazy = LazyLogits.of(self.tp.enter(hidden, shape), head, self.loss_tokens)
+        elif hidden is not None:
+            logits = self.logits(hidden, shape)
+        aux, z = self.reduce(losses.aux), self.reduce(losses.z)
+        return SwitchOutput(logits, memory, aux, z, losses.routing, lazy)
+
+    @named("vocabulary")
     def logits(self, hidden: Tensor, shape: torch.Size) -> Tensor:
         """Logits [B, L, V], or of this rank's rows, of the decoder's output of `shape` (B, L)."""
         hidden = self.tp.enter(hidden, shape)

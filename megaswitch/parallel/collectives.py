@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaswitch.parallel.mesh import Axis
+from megaswitch.parallel.regions import named
 
 
 def whole_to_terms(x: Tensor, axis: Axis) -> Tensor:
@@ -77,12 +78,14 @@ def _newest(name: str, before: str) -> Any:
     return getattr(dist, name, None) or getattr(dist, before)
 
 
+@named("tensor parallel")
 def _all_reduce(x: Tensor, axis: Axis) -> Tensor:
     summed = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(summed, group=axis.group)
     return summed
 
 
+@named("tensor parallel")
 def _all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
     gathered = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
     _newest("all_gather_single", "all_gather_into_tensor")(
@@ -94,6 +97,7 @@ def _all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
     return torch.cat(gathered.chunk(axis.size), dim)
 
 
+@named("tensor parallel")
 def _reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
     dim %= x.ndim
     if dim != 0:
@@ -109,6 +113,7 @@ def _part(x: Tensor, axis: Axis, dim: int) -> Tensor:
     return x.chunk(axis.size, dim)[axis.rank].contiguous()
 
 
+@named("tensor parallel")
 def _swap(x: Tensor, axis: Axis, split: int, join: int) -> Tensor:
     sent = torch.stack(x.chunk(axis.size, split))
     received = torch.empty_like(sent)
@@ -116,6 +121,7 @@ def _swap(x: Tensor, axis: Axis, split: int, join: int) -> Tensor:
     return torch.cat(received.unbind(), join)
 
 
+@named("all-to-all")
 def _send_rows(
     x: Tensor, axis: Axis, send: Sequence[int] | None, receive: Sequence[int] | None
 ) -> Tensor:

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from megaswitch.parallel.collectives import exchange
 from megaswitch.parallel.mesh import Axis
+from megaswitch.parallel.regions import named, region
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class Shipment:
         self._counts = counts
         by_rank = counts.view(ep.chunks, ep.size, self.experts).transpose(0, 1).contiguous()
         arriving = torch.empty_like(by_rank)
-        dist.all_to_all_single(arriving, by_rank, group=ep.axis.group)
+        with region("all-to-all"):
+            dist.all_to_all_single(arriving, by_rank, group=ep.axis.group)
         self._arriving = arriving.transpose(0, 1)  # [chunks, from rank, experts]
         self._splits: list[tuple[Sequence[int] | None, Sequence[int] | None]]
         if slots is None:
@@ -175,6 +177,7 @@ class Flight:
         """The rows received."""
         return self.rows if self.waited else _Land.apply(self.rows, self)
 
+    @named("all-to-all")
     def launch(
         self, x: Tensor, send: Sequence[int] | None, receive: Sequence[int] | None
     ) -> Tensor:
@@ -192,6 +195,7 @@ class Flight:
         )
         return received
 
+    @named("all-to-all")
     def finish(self) -> Tensor:
         """Wait for what was launched last, and return what was received."""
         assert self.work is not None

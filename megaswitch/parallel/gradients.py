@@ -20,6 +20,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.tensor import DTensor
 
 from megaswitch.parallel.mesh import Axis, Mesh
+from megaswitch.parallel.regions import named
 from megaswitch.parallel.weights import Weight
 
 _BUCKET_BYTES = 32 << 20
@@ -71,6 +72,7 @@ class GradientSums:
         for buckets in self._data:
             buckets.arm()
 
+    @named("gradient sums")
     def finish(self) -> None:
         """Complete all gradients and hand each to its `Weight.local`."""
         for buckets in self._data:
@@ -137,6 +139,7 @@ class _Buckets:
 
         return ready
 
+    @named("gradient sums")
     def _launch(self) -> None:
         if len(self._pending) == _BUCKETS_UNDER_WAY:  # no more copies than overlap needs
             self._collect()

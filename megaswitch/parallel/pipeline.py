@@ -22,6 +22,7 @@ from torch.distributed.pipelining import (
 )
 
 from megaswitch.parallel.mesh import Axis
+from megaswitch.parallel.regions import named
 
 Kind = Literal["gpipe", "1f1b", "interleaved", "zero-bubble"]
 _SINGLE = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
@@ -65,6 +66,7 @@ class Pipeline:
         """Whether the last stage is here."""
         return self.stages - 1 in self.modules
 
+    @named("pipeline")
     def train(self, micro_batches: int) -> Tensor | None:
         """Forward and backward of micro-batches 0 … n - 1; gradients add up in the parameters.
 

@@ -119,9 +119,10 @@ def training_loss(
         layers have not.
     """
     loss = sums = None
-    if output.logits is not None:
+    logits = output.logits if output.lazy_logits is None else output.lazy_logits
+    if logits is not None:
         sums = token_losses(
-            output.logits,
+            logits,
             batch.decoder_targets,
             batch.decoder_mask,
             tp=tp,

@@ -137,6 +137,7 @@ def build_parts(
     first_holder = {name: ranks[0] for name, ranks in holders.items()}
     weights = weights_of(named, specs, mesh, first_holder)
     for model in models.values():
+        model.loss_tokens = train.loss_tokens
         model.set_activation_checkpointing(config.train.activation_checkpointing, backend.recompute)
     sums = GradientSums(
         weights,

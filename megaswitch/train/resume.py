@@ -18,7 +18,7 @@ _MAY_CHANGE = (
     *("distill.teacher", "distill.logits"),  # what they hold is compared
     *("data.access", "data.loader_threads", "data.prefetch_batches"),
     *("train.steps", "train.run_dir", "train.device", "train.backend", "train.micro_batch_size"),
-    *("train.activation_checkpointing", "train.log_interval"),
+    *("train.activation_checkpointing", "train.loss_tokens", "train.log_interval"),
     *("train.valid_interval", "train.valid_samples", "train.valid_metrics"),
     "data.tasks",  # what they make of the files is part of the data's fingerprint
 )

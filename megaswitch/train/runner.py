@@ -129,11 +129,8 @@ class Runner:
         """From the activations of the stage before to the next one's, or the loss."""
         micro, model, stage = self.micro[number], module.model, module.stage
         with self.parts.backend.forward_pass():
-            x, losses, logits = self._run_layers(model, stage, inputs, micro)
+            x, output = self._run_layers(model, stage, inputs, micro)
         received = (None, None) if stage.first else inputs
-        output = SwitchOutput(
-            logits, x.encoder, model.reduce(losses.aux), model.reduce(losses.z), losses.routing
-        )
         if not torch.is_grad_enabled():
             self.record(output, None, micro)
             return x
@@ -165,7 +162,7 @@ class Runner:
         stage: Stage,
         inputs: tuple[Tensor, ...],
         micro: MicroBatch,
-    ) -> tuple[Activations, RouterLosses, Tensor | None]:
+    ) -> tuple[Activations, SwitchOutput]:
         batch, losses = micro.batch, RouterLosses()
         kind = batch.encoder_tokens.device.type
         with torch.autocast(kind, self.precision, enabled=self.precision != torch.float32):
@@ -176,8 +173,8 @@ class Runner:
                 x = Activations(*inputs)
             x = model.advance(x, micro.inputs, losses)
             shape = micro.inputs.decoder_shape
-            logits = model.logits(x.decoder, shape) if stage.last else None
-        return x, losses, logits
+            hidden = x.decoder if stage.last else None
+            return x, model.output(hidden, x.encoder, shape, losses)
 
 
 def nothing(output: SwitchOutput, sums: TokenLosses | None, micro: MicroBatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from megaswitch.model.switch_transformer import SwitchOutput
 from megaswitch.optim.build import build_optimizer, clip_gradients, set_learning_rate
 from megaswitch.optim.schedule import learning_rate
 from megaswitch.parallel.mesh import Mesh
+from megaswitch.parallel.regions import named, region
 from megaswitch.parallel.watchdog import Watchdog
 from megaswitch.rules_parallel import check_sequence_parallel
 from megaswitch.train.corpora import batch_size, build_loader, build_validation, micro_batches
@@ -125,11 +126,14 @@ class Trainer:
             exam=exam,
         )
 
-    def fit(self, watchdog: Watchdog | None = None) -> bool:
+    def fit(
+        self, watchdog: Watchdog | None = None, profile: Callable[[], object] = lambda: None
+    ) -> bool:
         """Train to `train.steps`, or until SIGINT or SIGTERM; a checkpoint is written either way.
 
         Args:
             watchdog: is told where the run is.
+            profile: is called after every step.
 
         Returns:
             True if the run is complete.
@@ -153,6 +157,7 @@ class Trainer:
                 logged = step % train.log_interval == 0 or step == train.steps
                 rate = learning_rate(self.state.step, self.config.optim, train.steps)
                 norm, stop = self._step(rate, losses, router if logged else None, interrupt.asked)
+                profile()
                 if logged:
                     elapsed = time.perf_counter() - clock
                     metrics = losses.summary(self.mesh) | router.summary(self.mesh)
@@ -207,9 +212,9 @@ class Trainer:
         tokens = sum(int(batch.decoder_mask.sum()) for batch in batches)
         reads_first = self.mesh.axis("pp").rank == self.mesh.axis("tp").rank == 0
         flags = [tokens * reads_first, int(stop), int(self.failure is not None)]
-        tokens, stops, failures = self.mesh.sum_all_(
-            torch.tensor(flags, device=self.mesh.device)
-        ).tolist()
+        with region("waiting for ranks"):
+            counts = self.mesh.sum_all_(torch.tensor(flags, device=self.mesh.device))
+            tokens, stops, failures = counts.tolist()
         if failures:
             with self.mesh.together():
                 if self.failure:
@@ -233,14 +238,15 @@ class Trainer:
         loss = self.runner.backward(micro, whole, record)
         self.parts.gradients.finish()
         self.parts.backend.finish_step()
-        norm = clip_gradients(
-            self.parts.parameters(), self.config.optim.clip_grad_norm, self.mesh
-        ).item()
+        limit = self.config.optim.clip_grad_norm
+        with region("optimizer"):
+            norm = clip_gradients(self.parts.parameters(), limit, self.mesh).item()
         total = self.mesh.sum_(loss).item()
         if not math.isfinite(total) or not math.isfinite(norm):
             raise UserError(self._diverged(total, norm))
         set_learning_rate(self.optimizer, rate)
-        self.optimizer.step()
+        with region("optimizer"):
+            self.optimizer.step()
         self.parts.gradients.clear()
         self.state = replace(
             self.state, step=self.state.step + 1, samples=self.state.samples + size
@@ -251,6 +257,7 @@ class Trainer:
         samples = batch.sample_index.to(self.mesh.device)
         return Noise(self.config.train.seed, self.state.step, samples)
 
+    @named("data")
     def _batches(self, number: int) -> list[Seq2SeqBatch]:
         """The next micro-batches; a failure is kept for `_step`."""
         try:
