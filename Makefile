@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*.cpp)
 
-.PHONY: demo test test-long layouts lint clean
+.PHONY: demo test test-long test-slurm audit wheel wheels image layouts lint clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -22,6 +22,27 @@ test: $(STAMP)
 
 test-long: $(STAMP)
 	$(BIN)/pytest -m long --timeout 1800
+
+# The scripts of examples/slurm on a real SLURM of two virtual nodes; needs root. Part of test-long.
+test-slurm: $(STAMP)
+	$(BIN)/pytest -m slurm --timeout 1800
+
+# Licences of all requirements, and their known vulnerabilities (asks the package index).
+audit: $(STAMP)
+	$(BIN)/python tools/audit.py
+
+# A wheel for this machine and Python, in dist/.
+wheel: $(STAMP)
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+# Wheels for Python 3.11 to 3.13 of this system, in dist/; on Linux this needs Docker or Podman.
+wheels: $(STAMP)
+	$(BIN)/cibuildwheel --output-dir dist
+
+# The image of Containerfile; IMAGE_BASE is what it starts from.
+ENGINE ?= docker
+image:
+	$(ENGINE) build -f Containerfile -t megaswitch $(if $(IMAGE_BASE),--build-arg BASE=$(IMAGE_BASE)) .
 
 # Which layouts and options the tests prove to equal one process.
 layouts: $(STAMP)

@@ -18,7 +18,7 @@ import megaswitch
 from megaswitch.checkpoint.manager import find_checkpoint, read_config
 from megaswitch.data.prompts import spans
 from megaswitch.data.tokenizer import Tokenizer
-from megaswitch.train.metrics import read_metrics
+from megaswitch.metrics_file import read_metrics
 from megaswitch.train.trainer import build_loader
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,7 +1,7 @@
 """Every configuration key, as frozen dataclasses with their types, bounds and defaults.
 
-Those of `data`, `distill` and `model.moe` are in files of their own, such as `schema_data.py`;
-`schema_keys.py` says how keys are declared.
+Those of `data`, `distill`, `fault` and `model.moe` are in files of their own, such as
+`schema_data.py`; `schema_keys.py` says how keys are declared.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from megaswitch.schema_data import DataConfig
 from megaswitch.schema_distill import DistillConfig
+from megaswitch.schema_fault import FaultConfig
 from megaswitch.schema_keys import STRICT, all_of, only_if
 from megaswitch.schema_moe import MoEConfig
 
@@ -262,6 +263,9 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: CUDA where there is one"
     )
+    deterministic: bool = Field(
+        default=False, description="deterministic GPU kernels alone: the same bits again, slower"
+    )
     activation_checkpointing: bool = Field(default=False, description="recompute each block")
     logits_z_loss: float = Field(default=1e-4, ge=0, description="weight of log²Z of the softmax")
     loss_tokens: int | None = Field(
@@ -271,6 +275,9 @@ class TrainConfig:
         "head's product once more; unset: all",
     )
     log_interval: int = Field(default=10, gt=0, description="steps between metric lines")
+    trackers: list[Literal["wandb", "mlflow"]] = Field(
+        default_factory=list, description="services that metrics also go to"
+    )
     valid_interval: int = Field(
         default=500,
         gt=0,
@@ -352,6 +359,9 @@ class CheckpointConfig:
 
     interval: int | None = Field(default=None, gt=0, description="steps between; unset: end only")
     keep: int = Field(default=2, gt=0, description="newest checkpoints kept")
+    keep_every: int | None = Field(
+        default=None, gt=0, description="checkpoints of steps that it divides are kept for ever"
+    )
     keep_best: bool = Field(
         default=False,
         description="also keep checkpoints/best, of the highest score of the tasks or, without "
@@ -373,4 +383,5 @@ class RunConfig:
     train: TrainConfig = Field(default_factory=TrainConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    fault: FaultConfig = Field(default_factory=FaultConfig)
     distill: DistillConfig = Field(default_factory=DistillConfig)

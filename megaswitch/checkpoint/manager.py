@@ -1,4 +1,4 @@
-"""Writing and reading the state of a run: atomic folders of safetensors, checked by SHA-256.
+"""Writing and reading the state of a run: atomic folders of safetensors, checked by checksums.
 
 A checkpoint is `step_00001000/` with one `*.safetensors` file per rank (parts of global tensors, so
 that any layout can read what any other wrote), `config.toml` (the resolved configuration) and
@@ -14,60 +14,77 @@ training, and talks to other ranks through a gloo group of its own, apart from t
 from __future__ import annotations
 
 import datetime as dt
-import json
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from megaswitch.checkpoint.chunks import Chunk, Place, shard_name, shares, write_chunks
 from megaswitch.checkpoint.contents import make_states, model_chunks, optimizer_chunks
-from megaswitch.checkpoint.integrity import (
-    damaged_checkpoint,
-    entry_of,
-    matches,
-    misfits,
-    once,
-    recorded_sum,
+from megaswitch.checkpoint.integrity import entry_of
+from megaswitch.checkpoint.record import (
+    FORMAT,
+    TrainState,
+    find_checkpoint,
+    load_model_tensors,
+    read_config,
+    read_state,
+    state_json,
+    tensor_files,
+    verify,
+)
+from megaswitch.checkpoint.retention import (
+    BEST,
+    PREFIX,
+    UNFINISHED,
+    checkpoints,
+    discard,
+    keep_only,
+    set_aside,
 )
 from megaswitch.checkpoint.staging import Staged, Staging
 from megaswitch.checkpoint.tensor_files import read_chunks, read_headers
-from megaswitch.config import RunConfig, from_toml, to_toml
+from megaswitch.config import RunConfig, to_toml
+from megaswitch.events import write_event
 from megaswitch.files import relink, sync, write_durably
-from megaswitch.log import UserError, info, warn
+from megaswitch.log import UserError, info
 from megaswitch.parallel.mesh import Mesh
 from megaswitch.parallel.weights import Weight
 
-FORMAT = 1
-_PREFIX = "step_"
-_UNFINISHED = ".unfinished"
-BEST = "best"  # a link to the best checkpoint, beside it
+# The door of the package: most who read checkpoints need no more than these.
+__all__ = [
+    "BEST",
+    "FORMAT",
+    "CheckpointManager",
+    "TrainState",
+    "checkpoints",
+    "find_checkpoint",
+    "load_model_tensors",
+    "read_config",
+    "read_state",
+    "state_json",
+    "tensor_files",
+    "verify",
+]
 
 
 @dataclass(frozen=True)
-class TrainState:
-    """Where a run stands. With counted randomness this is all there is beside tensors.
+class _Asked:
+    """How a save was asked for: as the best, when, and how long training waited; None: all of it.
 
-    Attributes:
-        step: optimizer steps done.
-        samples: training sequences consumed; the position in the data.
-        fingerprint: of the training data and its order; a resume on other data is refused.
-        mixture: of sources, since when each holds: [first sample, quota of each in a block, ...].
-        teacher: of a distilled run: fingerprint of what it learns from.
+    Times are of `time.perf_counter`, in seconds.
     """
 
-    step: int
-    samples: int
-    fingerprint: str
-    mixture: list[list[int]] = field(default_factory=list)
-    teacher: str = ""
+    best: bool
+    began: float
+    stall: float | None = None
 
 
 class CheckpointManager:
@@ -78,6 +95,7 @@ class CheckpointManager:
     Args:
         run_dir: the run's folder; checkpoints lie in `checkpoints/` under it.
         keep: how many of the newest are kept.
+        keep_every: those of steps that it divides are kept as well; None: of none.
         mesh: the ranks of the run.
         tokenizer: file that every checkpoint takes along, so that it can read and write text.
         background: whether `save` returns once the state is copied and leaves the writing to a
@@ -90,6 +108,7 @@ class CheckpointManager:
         run_dir: Path,
         *,
         keep: int,
+        keep_every: int | None = None,
         mesh: Mesh,
         tokenizer: Path | None = None,
         background: bool = False,
@@ -97,6 +116,7 @@ class CheckpointManager:
     ) -> None:
         self.folder = run_dir / "checkpoints"
         self.keep = keep
+        self.keep_every = keep_every
         self.mesh = mesh
         self.tokenizer = tokenizer
         self._places: list[Place] = []
@@ -129,17 +149,19 @@ class CheckpointManager:
             UserError: it, or the one before it, could not be written (a full disk, say). Earlier
                 checkpoints are intact.
         """
+        began = time.perf_counter()
         self.wait()
-        final = self.folder / f"{_PREFIX}{state.step:08d}"
+        final = self.folder / f"{PREFIX}{state.step:08d}"
         held = [*model_chunks(weights), *optimizer_chunks(weights, optimizer), *others]
         mine = self._share(held)
         if self._thread:
             staged = self._staging.copy(mine)
+            stall = time.perf_counter() - began
             self._under_way = self._thread.submit(
-                self._complete, final, config, state, staged, best
+                self._complete, final, config, state, staged, _Asked(best, began, stall)
             )
         else:
-            self._complete(final, config, state, Staged(mine), best)
+            self._complete(final, config, state, Staged(mine), _Asked(best, began))
         return final
 
     def wait(self) -> None:
@@ -159,19 +181,24 @@ class CheckpointManager:
         optimizer: torch.optim.Optimizer,
         *,
         others: Sequence[Chunk] = (),
+        verified: bool = False,
     ) -> TrainState:
         """Load a checkpoint into `weights` and `optimizer`, whatever layout wrote it.
 
-        `others` are filled too, unless one of them is not there.
+        Args:
+            path: the checkpoint.
+            weights: of this rank.
+            optimizer: over their blocks.
+            others: filled too, unless one of them is not there.
+            verified: whether its checksums were compared just now.
 
         Raises:
             UserError: on every rank, if it is damaged or of another model or optimizer.
         """
         self.wait()
-        with self.mesh.together():
-            metadata = read_state(path)
-            verify(path, sorted(metadata["files"])[self.mesh.rank :: self.mesh.size])
-        state = TrainState(**metadata["state"])
+        if not verified and (damage := self._damage(path)):
+            raise UserError(damage)
+        state = TrainState(**read_state(path)["state"])
         with self.mesh.together():
             stored = read_headers(tensor_files(path))
             read_chunks(path, stored, model_chunks(weights))
@@ -184,6 +211,45 @@ class CheckpointManager:
                 read_chunks(path, stored, others)
         return state
 
+    def newest_intact(self) -> Path | None:
+        """The newest checkpoint whose checksums are right, or None if there are none at all.
+
+        Damaged ones that are newer are told and set aside under another name, so that none is
+        chosen again and none counts among those to keep.
+
+        Raises:
+            UserError: on every rank, if there are some and none is intact.
+        """
+        self.wait()
+        found = self.mesh.gather([path.name for path in checkpoints(self.folder)])[0]
+        damaged: dict[Path, str] = {}
+        for path in (self.folder / name for name in reversed(found)):
+            damage = self._damage(path)
+            if damage is None:
+                if self.mesh.rank == 0:
+                    for other, reason in damaged.items():
+                        set_aside(other, reason)
+                return path
+            damaged[path] = damage
+        if damaged:
+            raise UserError(
+                f"none of the {len(damaged)} checkpoints in {self.folder} is intact, so the run "
+                "cannot go on; restore one from a copy, or choose another train.run_dir to start "
+                "anew:\n" + "\n".join(f"  - {reason}" for reason in damaged.values())
+            )
+        return None
+
+    def _damage(self, path: Path) -> str | None:
+        """What is wrong with a checkpoint, on every rank alike; they share out its files."""
+        damage = None
+        try:
+            names = sorted(read_state(path)["files"])
+            verify(path, names[self.mesh.rank :: self.mesh.size])
+        except (UserError, OSError) as error:
+            damage = str(error)
+        found = dict.fromkeys(reason for reason in self.mesh.gather(damage) if reason)
+        return "\n".join(found) or None
+
     def _share(self, chunks: list[Chunk]) -> list[Chunk]:
         """Those of the chunks that this rank is to write."""
         places = [chunk.place for chunk in chunks]
@@ -194,10 +260,15 @@ class CheckpointManager:
         return [chunk for chunk in chunks if chunk.name in self._mine]
 
     def _complete(
-        self, final: Path, config: RunConfig, state: TrainState, staged: Staged, best: bool
+        self,
+        final: Path,
+        config: RunConfig,
+        state: TrainState,
+        staged: Staged,
+        asked: _Asked,
     ) -> None:
         """Write a checkpoint, all ranks together."""
-        aside = final.with_name(final.name + _UNFINISHED)
+        aside = final.with_name(final.name + UNFINISHED)
         with self._together(aside):
             self._start(aside)
         mine: dict[str, Any] = {}
@@ -208,12 +279,15 @@ class CheckpointManager:
         with self._together(aside):
             self._finish(aside, final, config, state, sums)
         if self.mesh.rank == 0:
-            if best:
+            if asked.best:
                 relink(self.folder / BEST, final.name)
-            kept = (self.folder / BEST).resolve()
-            for old in checkpoints(self.folder)[: -self.keep]:
-                if old.resolve() != kept:
-                    _discard(old)
+            keep_only(self.folder, self.keep, self.keep_every)
+            seconds = time.perf_counter() - asked.began
+            write_event(
+                self.folder.parent, "checkpoint", state.step, best=asked.best,
+                bytes=sum(entry["bytes"] for entry in sums.values()), seconds=round(seconds, 4),
+                stall_seconds=round(seconds if asked.stall is None else asked.stall, 4),
+            )  # fmt: skip
 
     @contextmanager
     def _together(self, aside: Path) -> Iterator[None]:
@@ -223,7 +297,7 @@ class CheckpointManager:
                 try:
                     yield
                 except (OSError, RuntimeError) as error:
-                    name = aside.name.removesuffix(_UNFINISHED)
+                    name = aside.name.removesuffix(UNFINISHED)
                     raise UserError(
                         f"checkpoint {name} could not be written to {aside.parent}: "
                         f"{error}. Earlier checkpoints are intact; "
@@ -238,7 +312,7 @@ class CheckpointManager:
     def _start(self, aside: Path) -> None:
         if self.mesh.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for stale in self.folder.glob(f"*{_UNFINISHED}"):
+            for stale in self.folder.glob(f"*{UNFINISHED}"):
                 shutil.rmtree(stale, ignore_errors=True)
             aside.mkdir()
 
@@ -267,135 +341,6 @@ class CheckpointManager:
         write_durably(aside / "state.json", state_json(state, files))
         sync(aside)
         if final.exists():  # the same step, saved before a resume from an older one
-            _discard(final)
+            discard(final)
         aside.rename(final)
         sync(self.folder)
-
-
-def state_json(state: TrainState, files: dict[str, dict[str, Any]]) -> str:
-    """The content of `state.json`, which `read_state` reads.
-
-    Args:
-        state: of the run.
-        files: size and checksum of every other file of the checkpoint, as `write_chunks` returns.
-    """
-    return json.dumps({"format": FORMAT, "state": asdict(state), "files": files}, indent=1)
-
-
-def _discard(path: Path) -> None:
-    """Remove a checkpoint; at no instant is a part of it left that looks complete.
-
-    A folder that cannot be removed (some network file systems keep what others still read) is no
-    reason to end a healthy run; the next save tries again.
-    """
-    aside = path.with_name(f"{path.name}.old{_UNFINISHED}")
-    try:
-        path.rename(aside)
-        shutil.rmtree(aside)
-    except OSError as error:
-        warn(f"old checkpoint {path} could not be removed: {error}")
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in `folder`, oldest first."""
-    found = (p for p in folder.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdecimal())
-    return sorted((p for p in found if (p / "state.json").is_file()), key=lambda p: p.name)
-
-
-def find_checkpoint(path: Path) -> Path:
-    """`path` itself if it is a checkpoint, else the newest one of the run folder `path`.
-
-    Raises:
-        UserError: there is none.
-    """
-    if (path / "state.json").is_file():
-        return path
-    found = checkpoints(path / "checkpoints") or checkpoints(path)
-    if not found:
-        raise UserError(
-            f"{path} is neither a checkpoint nor a run folder with one; give a folder that holds "
-            "state.json, or the train.run_dir of a run"
-        )
-    return found[-1]
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """The content of `state.json`, its shape checked.
-
-    Raises:
-        UserError: it is missing, damaged, or of another format.
-    """
-    try:
-        content = json.loads((path / "state.json").read_text(), object_pairs_hook=once)
-        known = content["format"] == FORMAT
-        if known:  # another format may hold anything else
-            values = [(e["bytes"], recorded_sum(e)[1]) for e in content["files"].values()]
-            if any(Path(name).name != name for name in content["files"]):
-                raise ValueError("a file of it is said to lie elsewhere")
-            state = TrainState(**content["state"])
-            values += [(state.step, state.fingerprint), (state.samples, state.teacher)]
-            values += [(number, "") for segment in state.mixture for number in segment]
-            if any((type(number), type(text)) != (int, str) for number, text in values):
-                raise ValueError("a number or a text is none")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"checkpoint {path} has no readable state.json ({error!r}); use another checkpoint"
-        ) from error
-    if not known:
-        raise UserError(
-            f"checkpoint {path} has format {content['format']!r}, this version reads {FORMAT}; "
-            "use the MegaSwitch release that wrote it"
-        )
-    return content
-
-
-def read_config(path: Path) -> RunConfig:
-    """The resolved configuration that a checkpoint was written under."""
-    try:
-        return from_toml((path / "config.toml").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {path} has no readable config.toml: {error}") from error
-
-
-def verify(path: Path, names: list[str] | None = None) -> None:
-    """Compare files of the checkpoint with their recorded sizes and checksums.
-
-    Args:
-        path: the checkpoint.
-        names: which of its files; None for all.
-
-    Raises:
-        UserError: naming the files that differ.
-    """
-    files = read_state(path)["files"]
-    damaged = misfits(path, files, None if names is None else set(names))
-    told = {text.partition(" ")[0] for text in damaged}
-    for name in files if names is None else names:
-        if name not in told and not matches(path / name, files[name]):
-            damaged.append(f"{name} does not match its checksum")
-    if damaged:
-        raise damaged_checkpoint(path, damaged)
-
-
-def load_model_tensors(
-    path: Path, model: nn.Module | Mapping[str, Weight], *, distributed: bool = False
-) -> None:
-    """Fill the parameters of a whole model, or a rank's part of them, from a checkpoint.
-
-    Args:
-        path: the checkpoint.
-        model: what to fill.
-        distributed: whether all ranks do this together, and fail together.
-
-    Raises:
-        UserError: it cannot be read or is of another model.
-    """
-    group = dist.group.WORLD if distributed else None
-    rank, size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    with Mesh(rank, size, torch.device("cpu"), group).together():
-        read_chunks(path, read_headers(tensor_files(path)), model_chunks(model))
-
-
-def tensor_files(path: Path) -> list[Path]:
-    """The files of a checkpoint that hold tensors."""
-    return sorted(path.glob("*.safetensors"))

@@ -22,11 +22,13 @@ from megaswitch.cli.merge import merge
 from megaswitch.cli.plan import plan
 from megaswitch.cli.preprocess import preprocess
 from megaswitch.cli.presets import presets
+from megaswitch.cli.report import report
 from megaswitch.cli.reshard import reshard
 from megaswitch.cli.simulate import simulate
 from megaswitch.cli.study import study
 from megaswitch.cli.tokenizer import tokenizer
 from megaswitch.cli.train import train
+from megaswitch.cli.watch import watch
 from megaswitch.log import UserError, is_rank_zero
 
 
@@ -40,7 +42,7 @@ for command in (presets, tokenizer, preprocess, data, train, finetune, distill, 
     cli.add_command(command)
 for command in (evaluate, generate, study, plan, simulate, convert, reshard):
     cli.add_command(command)
-for command in (inspect_command, doctor, completion):
+for command in (inspect_command, watch, report, doctor, completion):
     cli.add_command(command)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ import click
 
 from megaswitch.cli.common import PATH, echo
 from megaswitch.cli.completion import FREE_FORM, OverridesCommand, complete_override
-from megaswitch.log import UserError, console
+from megaswitch.log import UserError, console, is_rank_zero
 
 if TYPE_CHECKING:
     from megaswitch.cli.doctor_checks import Finding
@@ -19,10 +20,16 @@ if TYPE_CHECKING:
 @click.command(cls=OverridesCommand, context_settings=FREE_FORM)
 @click.option("--layout", type=PATH, help="Check this configuration for --ranks; show its layout.")
 @click.option("--ranks", type=click.IntRange(1), help="Ranks to lay out; needs no launcher.")
+@click.option("--cluster", type=PATH, metavar="FOLDER", help="Compare all ranks of this launch; "
+              "FOLDER is where runs will be.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable report.")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED, shell_complete=complete_override)
 def doctor(
-    layout: Path | None, ranks: int | None, as_json: bool, overrides: tuple[str, ...]
+    layout: Path | None,
+    ranks: int | None,
+    cluster: Path | None,
+    as_json: bool,
+    overrides: tuple[str, ...],
 ) -> None:
     """Say whether MegaSwitch can train here, and what is missing.
 
@@ -33,15 +40,22 @@ def doctor(
     With --layout it looks at a configuration instead, changed by OVERRIDES as in `megaswitch
     train`: whether it fits so many ranks, and which ranks share what.
 
+    With --cluster all ranks of a launch compare themselves: versions, GPUs, speed, bandwidth,
+    clocks, and whether they share FOLDER.
+
     \b
     Examples:
       megaswitch doctor --json > report.json
       megaswitch doctor --layout run.toml --ranks 64 --parallel.tp=2
+      srun --nodes 8 --ntasks-per-node 8 megaswitch doctor --cluster runs
     """
     if layout or ranks:
         if not layout or not ranks:
             raise click.UsageError("--layout and --ranks belong together: give both")
         _show_layout(layout, ranks, overrides, as_json)
+        return
+    if cluster:
+        _compare_ranks(cluster, as_json)
         return
     if overrides:
         raise click.NoSuchOption(overrides[0].partition("=")[0])
@@ -49,16 +63,34 @@ def doctor(
 
     with console().status("checking; the self-tests take some seconds"):
         findings = list(check_everything())
+    _report(findings, as_json, "keep MegaSwitch from training here")
+
+
+def _compare_ranks(folder: Path, as_json: bool) -> None:
+    from megaswitch.cli.common import joined
+    from megaswitch.cli.doctor_cluster import check_cluster
+    from megaswitch.config import ParallelConfig
+
+    with joined("auto", ParallelConfig()) as (mesh, watchdog):
+        watchdog.at(0, "comparing ranks")
+        findings = check_cluster(mesh, folder)
+    if is_rank_zero():
+        _report(findings, as_json, "stand between these ranks and a long run")
+    elif any(finding.problem for finding in findings):
+        sys.exit(2)
+
+
+def _report(findings: list[Finding], as_json: bool, doing: str) -> None:
     if as_json:
         _print_json(findings)
     else:
         _print(findings)
     problems = ["; ".join(filter(None, (f.problem, f.remedy))) for f in findings if f.problem]
     if problems:
-        count = "1 problem keeps" if len(problems) == 1 else f"{len(problems)} problems keep"
-        raise UserError(
-            f"{count} MegaSwitch from training here:\n" + "\n".join(f"  - {p}" for p in problems)
-        )
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        if len(problems) == 1:
+            doing = doing.replace("keep ", "keeps ", 1).replace("stand ", "stands ", 1)
+        raise UserError(f"{count} {doing}:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
 def _show_layout(path: Path, ranks: int, overrides: tuple[str, ...], as_json: bool) -> None:

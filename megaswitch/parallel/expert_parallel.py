@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from megaswitch.parallel.collectives import exchange
 from megaswitch.parallel.mesh import Axis
+from megaswitch.parallel.places import wait_for
 from megaswitch.parallel.regions import named, region
 
 
@@ -200,7 +201,7 @@ class Flight:
         """Wait for what was launched last, and return what was received."""
         assert self.work is not None
         assert self.received is not None
-        self.work.wait()
+        wait_for(self.work, "all_to_all_single", self.axis)
         received, self.work, self.held, self.received = self.received, None, None, None
         return received
 

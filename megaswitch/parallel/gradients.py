@@ -20,6 +20,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.tensor import DTensor
 
 from megaswitch.parallel.mesh import Axis, Mesh
+from megaswitch.parallel.places import wait_for
 from megaswitch.parallel.regions import named
 from megaswitch.parallel.weights import Weight
 
@@ -154,7 +155,7 @@ class _Buckets:
 
     def _collect(self) -> None:
         gradients, flat, work = self._pending.popleft()
-        work.wait()
+        wait_for(work, "all_reduce", self.axis)
         for gradient, summed in zip(
             gradients, _unflatten_dense_tensors(flat, gradients), strict=True
         ):
@@ -199,7 +200,7 @@ class _Ties:
                     dist.P2POp(dist.irecv, buffer, group=self.axis.group, group_peer=rank),
                 ]
             for work in dist.batch_isend_irecv(operations):
-                work.wait()
+                wait_for(work, "batch_isend_irecv", self.axis)
             of_rank[self.axis.rank] = mine
             total = of_rank[ranks[0]].clone()
             for rank in ranks[1:]:

@@ -9,6 +9,7 @@ process started alone forms no group at all.
 from __future__ import annotations
 
 import datetime as dt
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from megaswitch.config import ParallelConfig
 from megaswitch.log import UserError
 from megaswitch.parallel.launcher import number, own_gpu, world_size
+from megaswitch.parallel.rendezvous import keep_to_loopback, own_store
 
 # Two grids over the same ranks: one for experts, and one for everything else, to which expert
 # parallelism is data parallelism. `replica` and `shard` together are edp: copies of the experts,
@@ -95,9 +97,16 @@ class Mesh:
         gpu = chosen.type == "cuda"
         # NCCL ends a process that waited too long; the watchdog should have told why before.
         timeout = dt.timedelta(seconds=parallel.timeout + (30 if gpu else 0))
+        # torch keeps that many collectives in mind for the flight recorder files of the watchdog.
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "1000")
+        keep_to_loopback()
         try:
-            dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout)
-        except (ValueError, RuntimeError) as error:
+            store = own_store(rank, size, timeout)
+            where: dict[str, Any] = (
+                {} if store is None else {"store": store, "rank": rank, "world_size": size}
+            )
+            dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout, **where)
+        except (ValueError, RuntimeError, OSError) as error:
             raise UserError(
                 f"rank {rank} of {size} could not join the others: {error}. Start with torchrun or "
                 "srun, and check that all nodes reach MASTER_ADDR:MASTER_PORT"

@@ -22,6 +22,7 @@ from torch.distributed.pipelining import (
 )
 
 from megaswitch.parallel.mesh import Axis
+from megaswitch.parallel.places import wait_for
 from megaswitch.parallel.regions import named
 
 Kind = Literal["gpipe", "1f1b", "interleaved", "zero-bubble"]
@@ -128,7 +129,7 @@ class Pipeline:
             ]
         )
         for work in works:
-            work.wait()
+            wait_for(work, "batch_isend_irecv", self.axis)
 
     def _schedule(self, micro_batches: int) -> Any:
         stages: list[Any] = [

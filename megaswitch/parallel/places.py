@@ -11,6 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
+import torch.distributed as dist
+
 from megaswitch.parallel.mesh import Axis, Mesh
 
 
@@ -50,6 +52,18 @@ def place_now(mesh: Mesh) -> Place:
     return next((p for p in places if p.kind == "collective"), places[0])
 
 
+def wait_for(work: dist.Work, collective: str, axis: Axis) -> None:
+    """Wait for a collective that runs in the background; whoever looks here sees which it is."""
+    work.wait()
+
+
+def waits_now(threads: Iterable[int]) -> bool:
+    """Whether training waits in a collective; `threads` are those that do not train."""
+    frames, others = sys._current_frames(), set(threads)
+    stacks = (_stack(frame) for ident, frame in frames.items() if ident not in others)
+    return any(_collective(stack) is not None for stack in stacks)
+
+
 def place_of_error(error: BaseException, mesh: Mesh) -> Place:
     """Where `error` was raised."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -66,15 +80,32 @@ def _stack(frame: FrameType | None) -> list[FrameType]:
 
 def _place(frames: Sequence[FrameType], mesh: Mesh) -> Place:
     """The place that frames, innermost first, show."""
+    depth = _collective(frames)
+    if depth is None:
+        ours = (f for f in frames if _module(f).split(".")[0] in ("megaswitch", "__main__"))
+        return _code(next(ours, frames[0]))
+    frame = frames[depth]
+    waiting = frame.f_code is wait_for.__code__
+    name = frame.f_locals["collective"] if waiting else frame.f_code.co_name
+    axis = _axis(frames[depth:], mesh)
+    return Place("collective", f"{name} over {axis}" if axis else name)
+
+
+def _collective(frames: Sequence[FrameType]) -> int | None:
+    """The frame that waits for other ranks, unless one of our own code is further in."""
     for depth, frame in enumerate(frames):
-        module = frame.f_globals.get("__name__", "")
-        name = frame.f_code.co_name
-        if module.startswith("torch.distributed.") and name != "wrapper":  # its logging decorator
-            axis = _axis(frames[depth:], mesh)
-            return Place("collective", f"{name} over {axis}" if axis else name)
+        module = _module(frame)
+        # The wrapper is torch's logging decorator.
+        in_torch = module.startswith("torch.distributed.") and frame.f_code.co_name != "wrapper"
+        if in_torch or frame.f_code is wait_for.__code__:
+            return depth
         if module.split(".")[0] in ("megaswitch", "__main__"):
-            return _code(frame)
-    return _code(frames[0])
+            return None
+    return None
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))
 
 
 def _code(frame: FrameType) -> Place:
@@ -100,7 +131,7 @@ def story(answers: dict[int, Place], size: int) -> str:
     parts = []
     if silent := [rank for rank in range(size) if rank not in answers]:
         verb = "does" if len(silent) == 1 else "do"
-        parts.append(f"{_ranks(silent)} {verb} not answer (gone or stopped)")
+        parts.append(f"{rank_list(silent)} {verb} not answer (gone or stopped)")
     groups: dict[Place, list[int]] = {}
     for rank, place in sorted(answers.items()):
         groups.setdefault(place, []).append(rank)
@@ -109,11 +140,11 @@ def story(answers: dict[int, Place], size: int) -> str:
         if len(ranks) > 1:
             verb, _, rest = text.partition(" ")
             text = f"{ {'waits': 'wait', 'is': 'are'}[verb] } {rest}"
-        parts.append(f"{_ranks(ranks)} {text}")
+        parts.append(f"{rank_list(ranks)} {text}")
     return "; ".join(parts)
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def rank_list(ranks: Sequence[int]) -> str:
     """[0, 1, 2, 4] as "ranks 0-2, 4"."""
     runs: list[list[int]] = []
     for rank in ranks:

@@ -2,7 +2,8 @@
 
 A thread of every rank looks once a second into the rendezvous store. A rank in trouble writes there
 what it saw; the threads of the others, which work while their main threads wait, answer with where
-these are. From the answers rank 0 prints one message, and all ranks exit.
+these are. From the answers rank 0 prints one message, and all ranks exit. Each rank that is able to
+leaves a flight recorder file first: its stacks, and its last collectives as torch recorded them.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn
 
 import torch.distributed as dist
 
+from megaswitch.events import write_event
 from megaswitch.log import UserError
+from megaswitch.parallel.flight import write_flight_record
 from megaswitch.parallel.mesh import Mesh
 from megaswitch.parallel.places import Place, place_now, place_of_error, story
 
@@ -39,10 +43,11 @@ class Watchdog:
     Args:
         mesh: of the run.
         timeout: seconds without progress, or without a sign of life of a rank, that mean trouble.
+        run_dir: where flight recorder files and the event go; None: nowhere.
     """
 
-    def __init__(self, mesh: Mesh, timeout: float) -> None:
-        self._mesh, self._timeout = mesh, timeout
+    def __init__(self, mesh: Mesh, timeout: float, run_dir: Path | None = None) -> None:
+        self._mesh, self._timeout, self._run_dir = mesh, timeout, run_dir
         self._step, self._phase = 0, ""
         self._limited, self._looks = False, 0  # looks into the store since the last progress
         self._failure: tuple[str, Place] | None = None  # of the main thread
@@ -123,8 +128,9 @@ class Watchdog:
 
     def _report(self, store: dist.Store, reason: str) -> NoReturn:
         """Answer; the rank that was first to report also collects, and rank 0 prints."""
-        rank = self._mesh.rank
-        store.set(f"answer/{rank}", json.dumps(asdict(self._place())))
+        rank, place = self._mesh.rank, self._place()
+        store.set(f"answer/{rank}", json.dumps(asdict(place)))
+        written = self._record(place, reason)
         mine = json.dumps({"rank": rank, "reason": reason})
         first = json.loads(store.compare_set("trouble", "", mine))
         if first["rank"] == rank:
@@ -136,7 +142,11 @@ class Watchdog:
         else:
             text = f"rank {first['rank']} reported {first['reason']!r} and then fell silent"
         if rank == 0:
-            self._print(text)
+            self._print(
+                text + (f". Stacks and collectives of each rank: {written}" * bool(written))
+            )
+            if self._run_dir:
+                write_event(self._run_dir, "ended by the watchdog", self._step, story=text)
             store.set("printed", "")
         elif not _appears(store, ["printed"], 2 * _POLL) and first["rank"] in (rank, 0):
             self._print(text)
@@ -144,6 +154,16 @@ class Watchdog:
         time.sleep(_POLL if rank == 0 else 0.0)
         self._ended.set()
         self._exit()
+
+    def _record(self, place: Place, reason: str) -> Path | None:
+        """Leave this rank's flight recorder file; the folder, if it could be written."""
+        if self._run_dir is None:
+            return None
+        try:
+            return write_flight_record(self._run_dir / "flight", self._mesh.rank, place, reason)
+        except OSError as error:
+            self._print(f"no flight recorder file in {self._run_dir}: {error.strerror}")
+            return None
 
     def _collect(self, store: dist.Store) -> dict[int, Place]:
         keys = {rank: f"answer/{rank}" for rank in range(self._mesh.size)}
@@ -169,7 +189,7 @@ class Watchdog:
 
 
 @contextlib.contextmanager
-def watch(mesh: Mesh, timeout: float) -> Iterator[Watchdog]:
+def watch(mesh: Mesh, timeout: float, run_dir: Path | None = None) -> Iterator[Watchdog]:
     """Guard what all ranks do together; costs three small messages a second.
 
     Any exception inside ends the job, but for a `UserError` (which ranks raise together) and an
@@ -178,8 +198,9 @@ def watch(mesh: Mesh, timeout: float) -> Iterator[Watchdog]:
     Args:
         mesh: of the run, whose ranks met at MASTER_ADDR:MASTER_PORT.
         timeout: seconds, as of the collectives.
+        run_dir: where flight recorder files and the event go; None: nowhere.
     """
-    watchdog = Watchdog(mesh, timeout)
+    watchdog = Watchdog(mesh, timeout, run_dir)
     if mesh.size == 1:
         yield watchdog
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -240,9 +241,15 @@ def sbatch(one: Estimate, hardware: Hardware, config_file: str) -> str:
 #SBATCH --ntasks-per-node={gpus}
 #SBATCH --gpus-per-node={gpus}
 #SBATCH --exclusive
-#SBATCH --signal=TERM@300
+#SBATCH --signal=B:USR1@300
 #SBATCH --requeue
+#SBATCH --open-mode=append
 
-# The same command goes on from the newest checkpoint.
-srun megaswitch train {config_file}
+# Before the time limit SLURM warns this shell, which passes it on; all ranks then save and end with
+# code 130, and the job is queued again. The same command goes on from the newest checkpoint.
+srun --distribution=block megaswitch train {shlex.quote(config_file)} &
+trap 'asked=yes; kill -USR1 $!' USR1 TERM
+while :; do wait $!; status=$?; kill -0 $! 2>/dev/null || break; done
+if [ "$status" -ne 0 ] && [ -n "$asked" ]; then trap "" TERM; scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$status"
 """

@@ -1,26 +1,23 @@
-"""What a run measures, summed exactly over micro-batches and ranks, and where it is written."""
+"""What a run measures, summed exactly over micro-batches and ranks."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from megaswitch.config import ModelConfig
 from megaswitch.data.span_corruption import Seq2SeqBatch
-from megaswitch.files import lock, write_durably
 from megaswitch.layers.vocab import TokenLosses
 from megaswitch.metrics_file import read_metrics
 from megaswitch.model.switch_transformer import Inputs, LayerRouting
 from megaswitch.parallel.mesh import Mesh
+
+__all__ = ["LayerLoad", "LossMeter", "LossTotals", "RouterMeter", "SourceMeter", "peak_flops",
+           "read_metrics", "router_metrics"]  # fmt: skip
 
 # Dense bf16 tensor-core peaks, FLOP/s, from the vendors' data sheets; others are not guessed.
 # (PCIe and NVL cards of the H100 are slower and have names of their own.)
@@ -238,41 +235,3 @@ class SourceMeter:
         self.sums.zero_()
         table = zip(self.names, losses, tokens, strict=True)
         return {f"loss/{name}": loss / count for name, loss, count in table if count}
-
-
-class MetricLog:
-    """`metrics.jsonl` and TensorBoard files in the run folder, with the same names in both.
-
-    While it is open no other process can open one in the same folder.
-
-    Args:
-        run_dir: the run's folder.
-        first_step: steps from here on are about to be written; a resumed run drops what an
-            interrupted one had written beyond its checkpoint, so a curve has no step twice.
-    """
-
-    def __init__(self, run_dir: Path, first_step: int) -> None:
-        self.lock = lock(run_dir)
-        self.path = run_dir / "metrics.jsonl"
-        self._cut(first_step)
-        self.file = self.path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step or None)
-
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append one line and its TensorBoard scalars."""
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.file.flush()
-        for key, value in metrics.items():
-            self.board.add_scalar(key, value, step)
-
-    def close(self) -> None:
-        """Flush and close both, and let others have the run folder."""
-        self.file.close()
-        self.board.close()
-        self.lock.close()
-
-    def _cut(self, first_step: int) -> None:
-        kept = [m for m in read_metrics(self.path) if m["step"] < first_step]
-        aside = self.path.with_suffix(".unfinished")
-        write_durably(aside, "".join(json.dumps(m) + "\n" for m in kept))
-        os.replace(aside, self.path)

@@ -2,50 +2,60 @@
 
 from __future__ import annotations
 
-import math
-import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
-from megaswitch.checkpoint.manager import (
-    CheckpointManager,
-    TrainState,
-    checkpoints,
-)
+from megaswitch.checkpoint.manager import CheckpointManager, TrainState, checkpoints
 from megaswitch.config import RunConfig, to_toml
 from megaswitch.data.samples import BatchStream, Samples, Segment
 from megaswitch.data.span_corruption import Seq2SeqBatch
+from megaswitch.events import write_event
 from megaswitch.files import write_durably
 from megaswitch.layers.noise import Noise
-from megaswitch.layers.vocab import TokenLosses
-from megaswitch.log import ConfigError, UserError, info
+from megaswitch.log import ConfigError, UserError
 from megaswitch.model.count import count
-from megaswitch.model.switch_transformer import SwitchOutput
 from megaswitch.optim.build import build_optimizer, clip_gradients, set_learning_rate
-from megaswitch.optim.schedule import learning_rate
 from megaswitch.parallel.mesh import Mesh
 from megaswitch.parallel.regions import named, region
 from megaswitch.parallel.watchdog import Watchdog
 from megaswitch.rules_parallel import check_sequence_parallel
 from megaswitch.train.corpora import batch_size, build_loader, build_validation, micro_batches
-from megaswitch.train.display import Display
-from megaswitch.train.distill import Distillation, copy_weights
+from megaswitch.train.distill import Distillation
 from megaswitch.train.exam import Exam
-from megaswitch.train.metrics import LossMeter, MetricLog, RouterMeter, SourceMeter, peak_flops
+from megaswitch.train.judge import Judge, Verdict
+from megaswitch.train.loop import Loop
+from megaswitch.train.meters import Meters
+from megaswitch.train.metric_log import MetricLog
+from megaswitch.train.metrics import LayerLoad, peak_flops
 from megaswitch.train.objectives import PRECISIONS, BatchSize, MicroBatch
 from megaswitch.train.parts import Parts, build_parts
-from megaswitch.train.resume import check_resume, check_same_view
+from megaswitch.train.resume import first_state
 from megaswitch.train.runner import Runner
-from megaswitch.train.start import take_weights
 from megaswitch.train.task_data import prepare_tasks
 from megaswitch.train.validation import Validation, validate
+
+
+@dataclass(frozen=True)
+class Step:
+    """What became of a step.
+
+    Attributes:
+        norm: of the gradient, before clipping.
+        stop: whether any rank was asked to stop.
+        verdict: on its loss and gradient.
+        why: in words, if it is not "good".
+    """
+
+    norm: float
+    stop: bool
+    verdict: Verdict
+    why: str
 
 
 @dataclass
@@ -59,12 +69,12 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     loader: Samples
     batches: BatchStream
-    sources: SourceMeter
     validation: list[Validation]
     checkpoints: CheckpointManager
     log: MetricLog | None
     state: TrainState
     exam: Exam
+    judge: Judge
     distillation: Distillation | None = None
     failure: Exception | None = None  # of this rank alone; the next step tells the others
 
@@ -86,25 +96,21 @@ class Trainer:
         manager = CheckpointManager(
             run_dir,
             keep=config.checkpoint.keep,
+            keep_every=config.checkpoint.keep_every,
             mesh=mesh,
             tokenizer=Path(config.data.tokenizer) if config.data.tokenizer else None,
             background=config.checkpoint.background,
             timeout=config.parallel.timeout,
         )
         distillation = Distillation.build(config, mesh, loader)
-        state = _first_state(config, mesh, parts, optimizer, manager, loader, distillation)
+        state = first_state(config, mesh, parts, optimizer, manager, loader, distillation)
         with mesh.together():
             loader.go_on([Segment(start, tuple(q)) for start, *q in state.mixture], state.samples)
             state = replace(state, mixture=[[s.start, *s.quotas] for s in loader.segments])
             if distillation and distillation.cache:
                 distillation.cache.check_samples(config, state.mixture)
-            batches = loader.stream(
-                micro_batches(config, mesh, state.samples),
-                threads=config.data.loader_threads,
-                ahead=config.data.prefetch_batches,
-                pin=mesh.device.type == "cuda",
-            )
-            log = MetricLog(run_dir, state.step + 1) if mesh.rank == 0 else None
+            batches = _stream(config, mesh, loader, state.samples)
+            log = MetricLog(run_dir, state.step + 1, config) if mesh.rank == 0 else None
             if log:
                 write_durably(run_dir / "config.toml", to_toml(config))
         exam = Exam.of(config, mesh, parts, state.step)
@@ -117,19 +123,19 @@ class Trainer:
             optimizer=optimizer,
             loader=loader,
             batches=batches,
-            sources=SourceMeter(loader.source_names, mesh.device),
             validation=validation,
             checkpoints=manager,
             log=log,
             state=state,
             distillation=distillation,
             exam=exam,
+            judge=Judge(config.fault),
         )
 
     def fit(
         self, watchdog: Watchdog | None = None, profile: Callable[[], object] = lambda: None
     ) -> bool:
-        """Train to `train.steps`, or until SIGINT or SIGTERM; a checkpoint is written either way.
+        """Train to `train.steps` or until a signal asks to stop; either way a checkpoint is saved.
 
         Args:
             watchdog: is told where the run is.
@@ -139,59 +145,13 @@ class Trainer:
             True if the run is complete.
 
         Raises:
-            UserError: the loss or the gradient is not finite, or a checkpoint cannot be written.
+            UserError: a step is bad or replicas differ, and `fault` allows no more of that; or a
+                checkpoint cannot be written.
         """
-        train = self.config.train
-        if self.state.step >= train.steps:
-            info(f"nothing to do: the run is at step {self.state.step} of {train.steps}")
-        losses = LossMeter(self.mesh.device)
-        router = RouterMeter(self.config.model, self.mesh.device)
-        display = Display(self.config, self.mesh, count(self.config.model).total_parameters)
-        flops = self._training_flops_per_sequence()
-        clock, since = time.perf_counter(), self.state
-        with self._closing(), _Interrupt() as interrupt, display:
-            while self.state.step < train.steps:
-                step = self.state.step + 1
-                if watchdog:
-                    watchdog.at(step, "a training step")
-                logged = step % train.log_interval == 0 or step == train.steps
-                rate = learning_rate(self.state.step, self.config.optim, train.steps)
-                norm, stop = self._step(rate, losses, router if logged else None, interrupt.asked)
-                profile()
-                if logged:
-                    elapsed = time.perf_counter() - clock
-                    metrics = losses.summary(self.mesh) | router.summary(self.mesh)
-                    metrics |= self.sources.summary(self.mesh)
-                    if self.distillation:
-                        metrics |= self.distillation.summary(self.mesh)
-                    metrics |= {"learning_rate": rate, "grad_norm": norm}
-                    metrics |= self._speed(self.state.samples - since.samples, elapsed, flops)
-                    if self.log:
-                        metrics |= self.loader.counters(self.state.samples)
-                    self._write(step, metrics)
-                    display.step(step, metrics)
-                    clock, since = time.perf_counter(), self.state
-                pause = time.perf_counter()
-                if watchdog:
-                    watchdog.at(step, "validation or a checkpoint", limited=False)
-                best = False
-                if self.validation and (step % train.valid_interval == 0 or step == train.steps):
-                    best = self._validate(step, display)
-                every = self.config.checkpoint.interval
-                if stop or best or step == train.steps or (every and step % every == 0):
-                    display.note(self._save(wait=stop or step == train.steps, best=best))
-                clock += time.perf_counter() - pause  # neither is training time
-                if stop:
-                    break
-        for line in self.exam.report():
-            info(line)
-        with self.mesh.together():
-            if self.failure:
-                raise self.failure
-        return self.state.step >= train.steps
+        return Loop(self, watchdog, profile).run()
 
     @contextmanager
-    def _closing(self) -> Iterator[None]:
+    def closing(self) -> Iterator[None]:
         """End the loader's threads and the log, and with it the run folder's lock, in any case."""
         try:
             yield
@@ -200,10 +160,14 @@ class Trainer:
             if self.log:
                 self.log.close()
 
-    def _step(
-        self, rate: float, losses: LossMeter, router: RouterMeter | None, stop: bool
-    ) -> tuple[float, bool]:
-        """One optimizer step; returns the gradient norm and whether any rank wants to stop."""
+    def step(self, rate: float, meters: Meters, stop: bool) -> Step:
+        """One optimizer step, unless it is bad: then the weights stay, and the meters forget it.
+
+        Args:
+            rate: learning rate.
+            meters: count it.
+            stop: whether this rank was asked to stop.
+        """
         size = batch_size(self.config, self.state.samples)
         share = size // self.mesh.dp.size
         batches = self._batches(share // self.config.train.micro_batch_size)
@@ -216,9 +180,7 @@ class Trainer:
             counts = self.mesh.sum_all_(torch.tensor(flags, device=self.mesh.device))
             tokens, stops, failures = counts.tolist()
         if failures:
-            with self.mesh.together():
-                if self.failure:
-                    raise self.failure
+            self.raise_failure()
         whole = BatchSize(rows=size, tokens=tokens)
         heard = self.state.step >= self.config.distill.start_step
         teacher = self.runner.distillation = self.distillation if heard else None
@@ -228,30 +190,31 @@ class Trainer:
             )
             for b in batches
         ]
-
-        def record(output: SwitchOutput, sums: TokenLosses | None, one: MicroBatch) -> None:
-            losses.add(sums, output.aux_loss.detach(), one.rows)
-            self.sources.add(sums, one.batch)
-            if router:
-                router.add(output.routing, one.inputs)
-
-        loss = self.runner.backward(micro, whole, record)
+        loss = self.runner.backward(micro, whole, meters.record)
         self.parts.gradients.finish()
         self.parts.backend.finish_step()
         limit = self.config.optim.clip_grad_norm
         with region("optimizer"):
             norm = clip_gradients(self.parts.parameters(), limit, self.mesh).item()
         total = self.mesh.sum_(loss).item()
-        if not math.isfinite(total) or not math.isfinite(norm):
-            raise UserError(self._diverged(total, norm))
-        set_learning_rate(self.optimizer, rate)
-        with region("optimizer"):
-            self.optimizer.step()
+        before, verdict = self.state, self.judge.verdict(self.state, total, norm)
+        good = verdict in ("good", "spike")
+        if good:
+            set_learning_rate(self.optimizer, rate)
+            with region("optimizer"):
+                self.optimizer.step()
+        else:
+            meters.take_back()
         self.parts.gradients.clear()
-        self.state = replace(
-            self.state, step=self.state.step + 1, samples=self.state.samples + size
-        )
-        return norm, bool(stops)
+        self.state = self.judge.after(before, size, total, good=good)
+        why = "" if verdict == "good" else self.judge.why(before, total, norm)
+        return Step(norm, bool(stops), verdict, why)
+
+    def raise_failure(self) -> None:
+        """Raise, on all ranks, what one of them kept for this moment."""
+        with self.mesh.together():
+            if self.failure:
+                raise self.failure
 
     def _noise(self, batch: Seq2SeqBatch) -> Noise:
         samples = batch.sample_index.to(self.mesh.device)
@@ -259,32 +222,38 @@ class Trainer:
 
     @named("data")
     def _batches(self, number: int) -> list[Seq2SeqBatch]:
-        """The next micro-batches; a failure is kept for `_step`."""
+        """The next micro-batches; a failure is kept for `step`."""
         try:
             return [next(self.batches) for _ in range(number)]
         except UserError as error:
             self.failure = error
             return []
 
-    def _validate(self, step: int, display: Display) -> bool:
-        """Measure on held-out data; whether this is the best so far, and to be kept."""
+    def validate(self) -> tuple[dict[str, float], bool]:
+        """Figures of held-out data, and whether they are the best so far, and to be kept."""
         metrics = validate(self.runner, self.validation) | self.exam.figures()
-        self._write(step, {f"valid/{key}": value for key, value in metrics.items()})
-        display.validation(step, metrics)
-        return self.exam.record(step, metrics) and self.config.checkpoint.keep_best
+        step = self.state.step
+        self.write({f"valid/{key}": value for key, value in metrics.items()})
+        return metrics, self.exam.record(step, metrics) and self.config.checkpoint.keep_best
 
-    def _write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Log on rank 0; a failure is kept for `_step`."""
+    def write(self, metrics: dict[str, Any], loads: Mapping[str, LayerLoad] | None = None) -> None:
+        """Log on rank 0; a failure is kept for `step`."""
         try:
             if self.log:
-                self.log.write(step, metrics)
+                self.log.write(self.state.step, metrics)
+                self.log.experts.write(self.state.step, loads or {})
         except OSError as error:
             self.failure = UserError(
                 f"metrics cannot be written to {self.config.train.run_dir}: {error.strerror}; free "
                 "space there and start the same command again"
             )
 
-    def _save(self, *, wait: bool, best: bool = False) -> str:
+    def event(self, kind: str, **details: Any) -> None:
+        """Record on rank 0 what happened."""
+        if self.mesh.rank == 0:
+            write_event(Path(self.config.train.run_dir), kind, self.state.step, **details)
+
+    def save(self, *, wait: bool, best: bool = False) -> str:
         """Save; in the background, unless it is to be waited for. Says what happened."""
         path = self.checkpoints.save(
             self.config,
@@ -300,87 +269,95 @@ class Trainer:
             return f"saving {path}"
         return f"saved {path}"
 
-    def _training_flops_per_sequence(self) -> int:
-        """Forward and backward; recomputed activations do not count as useful work."""
-        sizes = count(
-            self.config.model,
-            encoder_length=self.loader.encoder_length,
-            decoder_length=self.loader.decoder_length,
-        )
-        return 3 * sizes.forward_flops_per_sequence
+    def go_back(self, why: str, *, pass_over: bool) -> str:
+        """To the newest intact checkpoint. Says what happened.
 
-    def _speed(self, sequences: int, seconds: float, flops: int) -> dict[str, float]:
+        Args:
+            why: in words.
+            pass_over: the data since then, which stays unlearned; otherwise it comes again.
+
+        Raises:
+            UserError: on every rank, if there is no checkpoint, or no more rewinds are allowed.
+        """
+        before = self.state
+        allowed = before.rewinds < self.config.fault.rewinds
+        path = self.checkpoints.newest_intact() if allowed else None
+        if path is None:
+            raise UserError(self._hopeless(why, pass_over))
+        restored = self.checkpoints.restore(
+            path,
+            self.parts.weights,
+            self.optimizer,
+            others=self.parts.remembered(),
+            verified=True,
+        )
+        samples = before.samples if pass_over else restored.samples
+        self.state = replace(
+            restored,
+            samples=samples,
+            mixture=before.mixture,
+            row=0,
+            rewinds=before.rewinds + 1,
+            left_out=restored.left_out + samples - restored.samples,
+        )
+        self.batches.close()
+        self.batches = _stream(self.config, self.mesh, self.loader, samples)
+        if self.log:
+            self.log.cut(self.state.step + 1)
+        self.exam = Exam.of(self.config, self.mesh, self.parts, self.state.step)
+        self.event("rewound", why=why, from_step=before.step, samples=samples,
+                   left_out=self.state.left_out)  # fmt: skip
+        data = (
+            f"passing over {samples - restored.samples:,} samples since then"
+            if pass_over
+            else "over the same data"
+        )
+        return (
+            f"{why}: going back to {path}, {data} (rewind {self.state.rewinds} of at most "
+            f"{self.config.fault.rewinds})"
+        )
+
+    def speed(self, sequences: int, seconds: float) -> dict[str, float]:
+        """Of `sequences` trained on in so many seconds by all ranks."""
         tokens = sequences * (self.loader.encoder_length + self.loader.decoder_length)
+        flops = self._flops_per_sequence * sequences / seconds
         speed = {
             "tokens_per_second": tokens / seconds,
-            "tflops_per_second": sequences * flops / seconds / 1e12,
+            "tflops_per_second": flops / 1e12,
         }
         peak = peak_flops(self.mesh.device, PRECISIONS[self.config.train.precision])
         if peak:
-            speed["mfu"] = sequences * flops / seconds / (peak * self.mesh.size)
+            speed["mfu"] = flops / (peak * self.mesh.size)
         return speed
 
-    def _diverged(self, loss: float, norm: float) -> str:
+    @cached_property
+    def _flops_per_sequence(self) -> int:
+        """Forward and backward; recomputed activations do not count as useful work."""
+        lengths = self.loader.encoder_length, self.loader.decoder_length
+        sizes = count(self.config.model, encoder_length=lengths[0], decoder_length=lengths[1])
+        return 3 * sizes.forward_flops_per_sequence
+
+    def _hopeless(self, why: str, bad_step: bool) -> str:
         found = checkpoints(self.checkpoints.folder)
         where = f"the newest checkpoint, {found[-1]}, is from before" if found else "none was saved"
+        if not bad_step:
+            return (
+                f"{why}: memory or a chip altered it. Nothing was saved since; {where}. Keep the "
+                "node of the odd rank out, and start the same command again; with fault.rewinds "
+                "the run goes back by itself"
+            )
         return (
-            f"the loss is {loss:.4g} and the gradient norm {norm:.4g} at step "
-            f"{self.state.step + 1}; both must be finite. The weights were not updated; {where}. "
-            "Try a lower optim.learning_rate, a longer warm-up, optim.clip_grad_norm=1.0, or "
-            "train.precision='fp32'"
+            f"{why}. The weights were not updated; {where}. Try a lower optim.learning_rate, a "
+            "longer warm-up, optim.clip_grad_norm=1.0, or train.precision='fp32'; or let the run "
+            "leave bad steps out (fault.skip) and go back (fault.rewinds)"
         )
 
 
-def _first_state(
-    config: RunConfig,
-    mesh: Mesh,
-    parts: Parts,
-    optimizer: torch.optim.Optimizer,
-    manager: CheckpointManager,
-    loader: Samples,
-    distillation: Distillation | None,
-) -> TrainState:
-    """Fill weights and optimizer: from the run's newest checkpoint, from another run, or anew."""
-    newest = next(reversed(checkpoints(manager.folder)), None)
-    teacher = distillation.fingerprint if distillation else ""
-    with mesh.together():
-        check_same_view(mesh, config, loader, newest)
-        if newest:
-            check_resume(newest, config, loader, teacher)
-    if newest:
-        info(f"resuming from {newest}")
-        return manager.restore(newest, parts.weights, optimizer, others=parts.remembered())
-    parts.initialize(config.train.seed)
-    if config.train.init_from:
-        take_weights(Path(config.train.init_from), config, parts, mesh)
-    if distillation and config.distill.copy_weights:
-        copy_weights(config, mesh, parts.weights)
-    return TrainState(step=0, samples=0, fingerprint=loader.fingerprint, teacher=teacher)
-
-
-class _Interrupt:
-    """Turns the first SIGINT or SIGTERM into a request; one after `grace` seconds acts as usual.
-
-    The grace is for torchrun, which sends its workers the Ctrl-C that they got already.
-    """
-
-    asked = False
-    grace = 5.0
-
-    def __enter__(self) -> _Interrupt:
-        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._restore()
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if not self.asked:
-            self.asked, self._since = True, time.monotonic()
-        elif time.monotonic() - self._since > self.grace:
-            self._restore()
-            signal.raise_signal(number)
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+def _stream(config: RunConfig, mesh: Mesh, loader: Samples, samples: int) -> BatchStream:
+    """This rank's micro-batches after so many samples."""
+    return loader.stream(
+        micro_batches(config, mesh, samples),
+        threads=config.data.loader_threads,
+        ahead=config.data.prefetch_batches,
+        pin=mesh.device.type == "cuda",
+    )

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from megaswitch.checkpoint.manager import find_checkpoint
-from megaswitch.train.metrics import read_metrics
+from megaswitch.metrics_file import read_metrics
 
 GRADIENTS = """
 import sys
@@ -19,7 +19,7 @@ from pathlib import Path
 from megaswitch.config import load_config
 from megaswitch.parallel.mesh import Mesh, world_size
 from megaswitch.train import trainer as module
-from megaswitch.train.metrics import LossMeter
+from megaswitch.train.meters import Meters
 
 torch.set_default_dtype(torch.float64)
 target, *overrides = sys.argv[1:]
@@ -33,10 +33,11 @@ def clip(parameters, max_norm, mesh):
     return torch.zeros(())
 
 module.clip_gradients = clip
-losses = LossMeter(mesh.device)
+meters = Meters(trainer.config, mesh, (), None)
 for _ in range(2):  # the second step's gradients lie in the memory of the first one's
-    trainer._step(0.0, losses, None, False)
-taken["loss"] = torch.tensor(losses.summary(mesh)["loss"])
+    meters.begin(routing=False)
+    trainer.step(0.0, meters, False)
+taken["loss"] = torch.tensor(meters.losses.summary(mesh)["loss"])
 if mesh.rank == 0:
     torch.save(taken, target)
 mesh.stop()
@@ -46,14 +47,14 @@ mesh.stop()
 # Runs the command line with one rank made to differ.
 UNEQUAL = """
 import os, resource, signal, sys
-from megaswitch.train import trainer
+from megaswitch.train import resume, trainer
 from megaswitch.cli import main
 from megaswitch.data.loader import SpanCorruptionLoader
 
 kind = sys.argv.pop(1)
 mine = int(os.environ["RANK"])
 if kind == "sees no checkpoint" and mine == 1:
-    trainer.checkpoints = lambda folder: []
+    resume.checkpoints = lambda folder: []
 if kind == "cannot read its data" and mine == 1:
     def batch(self):
         raise trainer.UserError("the data of this node is gone")

@@ -7,9 +7,9 @@ import torch
 
 from megaswitch.checkpoint.manager import find_checkpoint, load_model_tensors
 from megaswitch.config import load_config
+from megaswitch.metrics_file import read_metrics
 from megaswitch.model.switch_transformer import SwitchTransformer
 from megaswitch.parallel.mesh import Mesh
-from megaswitch.train.metrics import read_metrics
 from megaswitch.train.trainer import Trainer
 
 # Ranks, layout and rows per forward of each leg of four steps; the last is one process.

@@ -55,7 +55,7 @@ def test_scales_of_tensors_on_a_rank_stay_close(world, recipe):
 @pytest.mark.parametrize("layout", ["tp2", "pp2·tp2", "edp2"])
 def test_a_loss_that_makes_its_logits_is_the_same_under_layouts(world, layout):
     case = layouts.case(layout, **({"zero": "full"} if "edp" in layout else {}))
-    single = Case(Grid(), Structure(), case.free)
+    single = case.alone()
     lazy = config(case)
     lazy = replace(lazy, train=replace(lazy.train, loss_tokens=5))
     (expected,) = world.run(1, train_alone, config(single), torch.float64, 2)

@@ -10,8 +10,8 @@ from megaswitch.checkpoint import tensor_files
 from megaswitch.checkpoint.contents import model_chunks
 from megaswitch.checkpoint.manager import find_checkpoint, verify
 from megaswitch.config import load_config
+from megaswitch.metrics_file import read_metrics
 from megaswitch.parallel.mesh import Mesh
-from megaswitch.train.metrics import read_metrics
 from megaswitch.train.placement import placements
 from megaswitch.train.trainer import Trainer
 from tests.unit.cli.commands import run

@@ -9,10 +9,10 @@ import torch
 from megaswitch.config import LoRAConfig
 from megaswitch.layers.parameter import stable_hash
 from megaswitch.log import UserError
+from megaswitch.metrics_file import read_metrics
 from megaswitch.parallel.mesh import Mesh
 from megaswitch.train.evaluate_tasks import TaskRequest, evaluate_tasks
 from megaswitch.train.finetune import finetune_config
-from megaswitch.train.metrics import read_metrics
 from megaswitch.train.trainer import Trainer
 from tests.distributed.equality import CPU, Training, compare, working_in
 from tests.distributed.layouts import Case, Grid, Structure, case, config

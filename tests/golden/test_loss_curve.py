@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from megaswitch.config import load_config
+from megaswitch.metrics_file import read_metrics
 from megaswitch.parallel.mesh import Mesh
-from megaswitch.train.metrics import read_metrics
 from megaswitch.train.trainer import Trainer
 
 GOLDEN = Path(__file__).with_name("loss_curve.json")

@@ -6,8 +6,8 @@ import torch
 from megaswitch.config import load_config
 from megaswitch.layers.linear import grouped_linear
 from megaswitch.layers.noise import Noise
+from megaswitch.metrics_file import read_metrics
 from megaswitch.parallel.mesh import Mesh
-from megaswitch.train.metrics import read_metrics
 from megaswitch.train.trainer import Trainer
 
 pytestmark = [

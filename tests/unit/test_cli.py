@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megaswitch.checkpoint.manager import checkpoints
-from megaswitch.train.metrics import read_metrics
+from megaswitch.metrics_file import read_metrics
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -150,9 +150,7 @@ def one_shape(
     group = config_of(d_model, d_ff, activation, experts, "group")
     dense, switch = layers(group)
     steps = {"dense": dense, "switch, capacity 1.25": switch}
-    steps["switch, dropless"] = layers(
-        config_of(d_model, d_ff, activation, experts, "dropless")
-    )[1]
+    steps["switch, dropless"] = layers(config_of(d_model, d_ff, activation, experts, "dropless"))[1]
     if arguments.te:
         for recipe in ("none", "delayed", "current", "block"):
             fast = layers(group, recipe, "te")

@@ -16,7 +16,7 @@ from typing import Any
 
 from report import curve, draw, summarize, table
 
-from megaswitch.train.metrics import read_metrics
+from megaswitch.metrics_file import read_metrics
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]

@@ -309,8 +309,8 @@ def test_capacity_of_groups_is_given_up_on_request_alone(text_run, tmp_path, cap
 
 def test_training_begins_at_an_imported_model(run_options, tmp_path):
     from megaswitch.config import load_config
+    from megaswitch.metrics_file import read_metrics
     from megaswitch.parallel.mesh import Mesh
-    from megaswitch.train.metrics import read_metrics
     from megaswitch.train.trainer import Trainer
 
     mesh = Mesh.start("cpu")

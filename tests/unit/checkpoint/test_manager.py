@@ -84,13 +84,13 @@ def test_a_crash_while_saving_leaves_the_earlier_checkpoint(trainer, monkeypatch
         owner = manager if moment == "entry_of" else manager.CheckpointManager
         monkeypatch.setattr(owner, moment, crash)
     trainer.state = manager.TrainState(3, 24, trainer.state.fingerprint)
-    trainer._save(wait=False)
+    trainer.save(wait=False)
     with pytest.raises(Crash):
         trainer.checkpoints.wait()
     monkeypatch.undo()
     assert checkpoints(trainer.checkpoints.folder) == [earlier]
     verify(earlier)
-    trainer._save(wait=False)  # tidies up what the crash left
+    trainer.save(wait=False)  # tidies up what the crash left
     trainer.checkpoints.wait()
     assert not list(trainer.checkpoints.folder.glob("*.unfinished"))
     assert len(checkpoints(trainer.checkpoints.folder)) == 2

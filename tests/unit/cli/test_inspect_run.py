@@ -11,7 +11,7 @@ from megaswitch.cli.inspect_run import disk_use
 from megaswitch.cli.show import curve, histogram, size, sparkline
 from megaswitch.data.loader import SpanCorruptionLoader
 from megaswitch.files import holder, lock
-from megaswitch.train.metrics import read_metrics
+from megaswitch.metrics_file import read_metrics
 from tests.unit.cli.commands import printed, refusal, report, run
 
 

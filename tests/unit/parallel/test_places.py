@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megaswitch.parallel.mesh import Axis, Mesh
-from megaswitch.parallel.places import Place, _ranks, place_now, place_of_error, story
+from megaswitch.parallel.places import Place, place_now, place_of_error, rank_list, story
 
 WAITS = Place("collective", "all_reduce over dp", 12, "backward")
 HANGS = Place("code", "Loader.batch (loader.py:140)", 12, "data")
@@ -103,5 +103,5 @@ def test_the_story_begins_with_those_that_the_others_wait_for():
 
 
 def test_ranks_are_listed_in_runs():
-    assert _ranks([3]) == "rank 3"
-    assert _ranks([0, 1, 2, 5, 7, 8]) == "ranks 0-2, 5, 7-8"
+    assert rank_list([3]) == "rank 3"
+    assert rank_list([0, 1, 2, 5, 7, 8]) == "ranks 0-2, 5, 7-8"

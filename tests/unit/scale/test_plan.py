@@ -1,5 +1,6 @@
 """Plans: their memory is that of a rehearsal, their layouts keep the rules."""
 
+import subprocess
 from dataclasses import replace
 from functools import cache
 
@@ -81,7 +82,10 @@ def test_the_job_starts_all_ranks(plan):
     text = sbatch(plan.best[0], H100, "run.toml")
     assert "#SBATCH --nodes=2" in text
     assert "#SBATCH --ntasks-per-node=8" in text
-    assert text.endswith("srun megaswitch train run.toml\n")
+    assert "\nsrun --distribution=block megaswitch train run.toml &\n" in text
+    assert "scontrol requeue" in text
+    assert "train 'a b; rm -r c' &" in sbatch(plan.best[0], H100, "a b; rm -r c")
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
 
 
 def test_where_nothing_fits_a_plan_says_what_would():

@@ -8,11 +8,11 @@ import torch
 import megaswitch
 from megaswitch.config import load_config
 from megaswitch.log import ConfigError, UserError
+from megaswitch.metrics_file import read_metrics
 from megaswitch.parallel.mesh import Mesh
 from megaswitch.train.cache_logits import cache_logits
 from megaswitch.train.distill import check_teacher
 from megaswitch.train.logit_cache import LogitCache
-from megaswitch.train.metrics import read_metrics
 from megaswitch.train.trainer import Trainer
 from tests.unit.cli.commands import refusal
 

@@ -8,8 +8,8 @@ import pytest
 from megaswitch.config import load_config
 from megaswitch.data.indexed import IndexedWriter
 from megaswitch.log import ConfigError, UserError
+from megaswitch.metrics_file import read_metrics
 from megaswitch.parallel.mesh import Mesh
-from megaswitch.train.metrics import read_metrics
 from megaswitch.train.trainer import Trainer
 
 OBJECTIVES = {

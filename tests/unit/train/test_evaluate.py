@@ -11,9 +11,10 @@ from megaswitch.config import load_config
 from megaswitch.data.preprocess import preprocess
 from megaswitch.data.text_to_text import preprocess_pairs
 from megaswitch.log import UserError
+from megaswitch.metrics_file import read_metrics
 from megaswitch.parallel.mesh import Mesh
 from megaswitch.train.evaluate import Request, evaluate
-from megaswitch.train.metrics import read_metrics, router_metrics
+from megaswitch.train.metrics import router_metrics
 from megaswitch.train.trainer import Trainer
 
 

@@ -11,11 +11,11 @@ from megaswitch.checkpoint.manager import checkpoints, find_checkpoint
 from megaswitch.config import load_config
 from megaswitch.data.mixture import quotas
 from megaswitch.log import ConfigError, UserError
+from megaswitch.metrics_file import read_metrics
 from megaswitch.parallel.mesh import Mesh
 from megaswitch.train.finetune import finetune_config
 from megaswitch.train.launch import launch
 from megaswitch.train.merge import merge_checkpoint
-from megaswitch.train.metrics import read_metrics
 from megaswitch.train.trainer import Trainer
 
 LOSSES_ALONE = "--train.valid_metrics=false"  # where answers prove nothing
@@ -56,7 +56,7 @@ def test_the_defaults_are_the_papers(text_run, tasks):
 
 def test_a_run_starts_from_the_weights_alone(text_run, tuning, tmp_path):
     trainer = Trainer.build(finetune_config(None, tuning), Mesh.start("cpu"))
-    trainer._closing().__enter__()
+    trainer.closing().__enter__()
     before = state(megaswitch.load_model(text_run / "run"))
     for name, value in state(trainer.parts.models[0]).items():
         assert torch.equal(value, before[name]), name

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from megaswitch.checkpoint.manager import checkpoints, find_checkpoint, verify
-from megaswitch.train.metrics import read_metrics
+from megaswitch.metrics_file import read_metrics
 from tests.conftest import write_corpus
 
 STEPS = 400

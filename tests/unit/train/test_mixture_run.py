@@ -9,9 +9,9 @@ from megaswitch.checkpoint.manager import find_checkpoint
 from megaswitch.config import load_config
 from megaswitch.data.indexed import TokenStore
 from megaswitch.log import UserError
+from megaswitch.metrics_file import read_metrics
 from megaswitch.parallel.mesh import Mesh
 from megaswitch.train.corpora import build_loader, micro_batches
-from megaswitch.train.metrics import read_metrics
 from megaswitch.train.trainer import Trainer
 from tests.conftest import write_corpus
 

@@ -12,8 +12,8 @@ import megaswitch
 from megaswitch.checkpoint.manager import checkpoints, find_checkpoint, read_config
 from megaswitch.config import from_toml, load_config
 from megaswitch.log import UserError
+from megaswitch.metrics_file import read_metrics
 from megaswitch.parallel.mesh import Mesh
-from megaswitch.train.metrics import read_metrics
 from megaswitch.train.trainer import Trainer, batch_size
 
 
