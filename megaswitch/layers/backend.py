@@ -42,8 +42,12 @@ class Backend(Protocol):
         """What each forward pass of a micro-batch runs in."""
         ...
 
-    def finish_step(self) -> None:
-        """To be called by all ranks after the backward passes of a step."""
+    def finish_step(self, *, keep: bool = True) -> None:
+        """To be called by all ranks after the backward passes of a step.
+
+        Args:
+            keep: False if the step was bad: what was recorded in it is forgotten.
+        """
         ...
 
     def history(self) -> dict[str, Tensor]:

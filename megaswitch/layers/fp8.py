@@ -198,6 +198,10 @@ class Delayed(Current):
     def turn(self) -> None:
         """End a step: what was recorded becomes history, and the oldest entry is forgotten."""
         self.amax.copy_(self.amax.roll(-1, -1))
+        self.forget()
+
+    def forget(self) -> None:
+        """End a step that does not count: what was recorded is gone, and history may change."""
         self.amax[..., 0] = 0.0
         self._scales = None
 

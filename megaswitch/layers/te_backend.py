@@ -146,8 +146,8 @@ class TEBackend:
         with self.te.autocast(enabled=True, recipe=self.recipe, amax_reduction_group=self.group):
             yield
 
-    def finish_step(self) -> None:
-        """See `Backend`. TE has done it."""
+    def finish_step(self, *, keep: bool = True) -> None:
+        """See `Backend`. TE has done it, and keeps scales where a magnitude is not finite."""
 
     def history(self) -> dict[str, Tensor]:
         """See `Backend`; of what has run."""

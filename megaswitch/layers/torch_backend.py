@@ -67,8 +67,12 @@ class TorchBackend:
         """See `Backend`."""
         return nullcontext()
 
-    def finish_step(self) -> None:
+    def finish_step(self, *, keep: bool = True) -> None:
         """See `Backend`. All ranks of a map get the same history."""
+        if not keep:
+            for scaling, _ in self.delayed.values():
+                scaling.forget()
+            return
         for stacked, axes in _AXES.items():
             scalings = [s for s, is_stack in self.delayed.values() if is_stack == stacked]
             if not scalings:

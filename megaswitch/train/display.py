@@ -186,5 +186,7 @@ def _line(metrics: dict[str, Any]) -> str:
         parts.append(f"imbalance {metrics['load_imbalance']:.2f}×")
         entropies = [v for k, v in metrics.items() if k.startswith("router_entropy/")]
         parts.append(f"router entropy {sum(entropies) / len(entropies):.2f}")
-    parts += [f"lr {metrics['learning_rate']:.2e}", f"grad norm {metrics['grad_norm']:.2f}"]
+    parts.append(f"lr {metrics['learning_rate']:.2e}")
+    if "grad_norm" in metrics:
+        parts.append(f"grad norm {metrics['grad_norm']:.2f}")
     return " · ".join(parts)

@@ -56,8 +56,10 @@ class Loop:
                     self.watchdog.at(
                         trainer.state.step, "validation or a checkpoint", limited=False
                     )
+                clock = self.clock
                 self._pause(step)
-                self.clock += time.perf_counter() - pause  # that is no training time
+                if self.clock == clock:  # it has not been set anew
+                    self.clock += time.perf_counter() - pause  # that is no training time
                 if step.stop:
                     break
         for line in trainer.exam.report():
@@ -131,7 +133,9 @@ class Loop:
         elapsed = time.perf_counter() - self.clock
         metrics = self.meters.summary()
         if metrics:  # not every step was left out
-            metrics |= {"learning_rate": rate, "grad_norm": step.norm}
+            metrics["learning_rate"] = rate
+            if step.verdict != "skip":
+                metrics["grad_norm"] = step.norm
             metrics |= trainer.speed(trainer.state.samples - self.since, elapsed)
             waiting, straggler = self.waits.summary()
             metrics |= waiting

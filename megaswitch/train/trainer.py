@@ -192,7 +192,6 @@ class Trainer:
         ]
         loss = self.runner.backward(micro, whole, meters.record)
         self.parts.gradients.finish()
-        self.parts.backend.finish_step()
         limit = self.config.optim.clip_grad_norm
         with region("optimizer"):
             norm = clip_gradients(self.parts.parameters(), limit, self.mesh).item()
@@ -205,6 +204,7 @@ class Trainer:
                 self.optimizer.step()
         else:
             meters.take_back()
+        self.parts.backend.finish_step(keep=good)
         self.parts.gradients.clear()
         self.state = self.judge.after(before, size, total, good=good)
         why = "" if verdict == "good" else self.judge.why(before, total, norm)

@@ -148,6 +148,29 @@ def test_a_dense_map_multiplies_rounded_factors(recipe):
         backend.finish_step()
 
 
+def test_a_bad_step_leaves_nothing_in_the_history():
+    x, weight, grad = tensors(6, 5)
+    layer = Linear(5, 6, shard="column", init=Init("constant", 0.0)).double()
+    layer.weight.data = weight
+    backend = TorchBackend(FP8Config(recipe="delayed", amax_history=4), ALONE)
+    backend.attach({"map": layer})
+
+    def step(rows):
+        y = layer(rows.clone().requires_grad_())
+        y.backward(grad)
+        return y.detach()
+
+    step(x)
+    backend.finish_step()
+    history = backend.history()["map"].clone()
+    good = step(x)
+    backend.finish_step(keep=False)
+    step(x * float("nan"))
+    backend.finish_step(keep=False)
+    assert torch.equal(backend.history()["map"], history)
+    assert torch.equal(step(x), good)
+
+
 def test_each_expert_has_scales_of_its_own():
     x, weight, grad = tensors(3, 4, 5)
     x[:3] *= 100
