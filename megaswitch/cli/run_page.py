@@ -65,15 +65,14 @@ def page(view: RunView) -> str:
 
 def _summary(view: RunView) -> str:
     steps = view.config.train.steps
-    latest = view.training[-1] if view.training else {}
     rows: list[tuple[str, str]] = [
         ("progress", f"step {view.step:,} of {steps:,} ({view.step / steps:.0%})"),
         ("model", f"{view.config.model.preset or 'no preset'}, "
                   f"{view.config.model.moe.num_experts or 'no'} experts"),
         ("trained by", view.holder or "nobody just now"),
     ]  # fmt: skip
-    if "loss" in latest:
-        rows.append(("training loss", f"{latest['loss']:.4f}"))
+    if training := view.series("loss"):
+        rows.append(("training loss", f"{training[-1][1]:.4f}"))
     if valid := view.series("valid/loss"):
         rows.append(("validation loss", f"{valid[-1][1]:.4f} at step {valid[-1][0]:,}"))
     now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")

@@ -73,11 +73,6 @@ class RunView:
         )
 
     @property
-    def training(self) -> list[dict[str, Any]]:
-        """Lines of training."""
-        return [line for line in self.metrics if "loss" in line]
-
-    @property
     def step(self) -> int:
         """The last one logged."""
         return max((line["step"] for line in self.metrics), default=0)

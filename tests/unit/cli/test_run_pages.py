@@ -17,7 +17,7 @@ from megaswitch.train.environment import git_state, write_environment
 from megaswitch.train.trainer import Trainer
 from tests.unit.cli.commands import refusal, run
 
-VOID = {"meta", "line", "rect", "circle"}
+VOID = {"meta"}
 
 
 @pytest.fixture(scope="module")
