@@ -124,18 +124,17 @@ def build_parts(
             backend.attach(maps_in_fp8(model, train.fp8))
             if config.parallel.schedule == "zero-bubble" and mesh.axis("pp").size > 1:
                 later[stage.index] = _put_off_weight_gradients(model)
-            root: nn.Module = model
             if mesh.axis("pp").size > 1:
-                root = modules[stage.index] = StageModule(model, stage)
+                modules[stage.index] = StageModule(model, stage)
             if zero:
+                root = modules.get(stage.index, model)
                 sharded |= _shard(root, model, specs, config, mesh)
             if mesh.group is not None:
                 allocate(model, mesh.device)
             models[stage.index] = model
     named = _share_biases(models)
     holders = _holders(config, stages, mesh)
-    first_holder = {name: ranks[0] for name, ranks in holders.items()}
-    weights = weights_of(named, specs, mesh, first_holder)
+    weights = weights_of(named, specs, mesh, {name: ranks[0] for name, ranks in holders.items()})
     for model in models.values():
         model.loss_tokens = train.loss_tokens
         model.set_activation_checkpointing(config.train.activation_checkpointing, backend.recompute)
