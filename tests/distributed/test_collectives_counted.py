@@ -44,7 +44,7 @@ def plan_config(case: Case) -> RunConfig:
     whole = config(case)
     if case.grid.pp == 1:
         return whole
-    stages = [8 // case.grid.pp] * case.grid.pp
+    stages = [case.blocks // case.grid.pp] * case.grid.pp
     return replace(whole, parallel=replace(whole.parallel, layers_per_stage=stages))
 
 
@@ -93,6 +93,7 @@ def test_tensor_parallel_ranks_send_slices_of_a_token_not_copies(world, mode, se
     sliced, _ = measure(
         world, case("ep2·tp2", **options, micro_batches=2, sequence_parallel=sequence)
     )
-    counts = 2 * 2 * 4 * 8 * 8  # two ranks, two micro-batches, four layers, eight experts' counts
+    # Two ranks, two micro-batches, two Switch layers, counts of eight experts in int64.
+    counts = 2 * 2 * 2 * 8 * 8
     key = "all_to_all", "ep"
     assert sliced[key][1] - 2 * counts == single[key][1] - counts

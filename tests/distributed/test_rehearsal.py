@@ -72,7 +72,7 @@ def sized(case: Case) -> RunConfig:
     run = replace(run, data=replace(run.data, encoder_length=96, decoder_length=64))
     if case.grid.pp == 1:
         return run
-    stages = [8 // case.grid.pp] * case.grid.pp
+    stages = [case.blocks // case.grid.pp] * case.grid.pp
     return replace(run, parallel=replace(run.parallel, layers_per_stage=stages))
 
 
