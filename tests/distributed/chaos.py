@@ -69,7 +69,7 @@ class Ranks:
         """Whether all of them are."""
         return all(process.is_alive() for process in self.processes)
 
-    def wait(self, seconds: float = 120.0) -> list[int]:
+    def wait(self, seconds: float = 250.0) -> list[int]:
         """Exit codes; a rank that goes on longer is killed, and fails the test."""
         deadline = time.monotonic() + seconds
         for process in self.processes:
@@ -154,7 +154,7 @@ def newest(run_dir: Path) -> int:
     return int(found[-1].name.removeprefix("step_")) if found else 0
 
 
-def wait_until(true: Callable[[], bool], ranks: Ranks, seconds: float = 60.0) -> None:
+def wait_until(true: Callable[[], bool], ranks: Ranks, seconds: float = 180.0) -> None:
     """Until something is so; the ranks must be running all the time."""
     deadline = time.monotonic() + seconds
     while not true():
