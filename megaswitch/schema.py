@@ -260,6 +260,10 @@ class TrainConfig:
         description="what multiplies: torch, which emulates FP8 on any device, or NVIDIA's "
         "Transformer Engine",
     )
+    dispatch: Literal["torch", "triton"] = Field(
+        default="torch",
+        description="what sorts tokens by expert and moves them: torch, or fused kernels of Triton",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: CUDA where there is one"
     )

@@ -1,6 +1,7 @@
 """What several suites need: a small corpus, and a run over it that takes a second."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from megaswitch.data.indexed import IndexedWriter, TokenizerInfo
 
 VOCAB_SIZE = 192
 SENTINELS = 100
+
+# Triton's kernels run without a GPU, if this is set before anything imports Triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Models this small gain nothing from a second thread, and lose much where the cores are shared.
 torch.set_num_threads(1)

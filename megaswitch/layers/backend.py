@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from megaswitch.config import FP8Config
-from megaswitch.layers import te_backend
+from megaswitch.layers import te_backend, triton_kernels
 from megaswitch.layers.kernels import LinearMap
 from megaswitch.layers.te_backend import TEBackend
 from megaswitch.layers.torch_backend import TorchBackend
@@ -78,3 +79,22 @@ def check_backend(name: str, fp8: FP8Config, device: str) -> None:
     """
     if name == "te" and (reason := te_backend.missing(fp8, device)):
         raise UserError(f"train.backend='te' cannot run here: {reason}")
+
+
+def check_dispatch(name: str, device: str) -> None:
+    """Refuse fused dispatch where it cannot run. Needs no process group.
+
+    Args:
+        name: "torch" or "triton".
+        device: "cpu", "cuda" or "auto", as configured.
+
+    Raises:
+        UserError: saying what is missing, and how to get it.
+    """
+    if name == "torch":
+        return
+    reason = triton_kernels.missing()
+    if reason is None and (device == "cpu" or not torch.cuda.is_available()):
+        reason = "it needs a CUDA device and there is none, or train.device='cpu'; use 'torch'"
+    if reason:
+        raise UserError(f"train.dispatch='triton' cannot run here: {reason}")

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megaswitch.layers.triton_kernels import permute_rows, restore_times_gate, sort_by_expert
+
 
 def _inverse(order: Tensor) -> Tensor:
     """The inverse of a permutation [N] int64."""
@@ -58,17 +60,23 @@ class Dispatch:
         inverse: [N] int64, the sorted row of each token or pair.
         ends: [E] int32, rows of experts 0 … e; rows past ends[-1] were dropped.
         token: [R] int64, the token of each row where rows are of pairs, else None.
+        fused: whether Triton's kernels sort and move rows.
     """
 
     order: Tensor
     inverse: Tensor
     ends: Tensor
     token: Tensor | None = None
+    fused: bool = False
 
     @classmethod
-    def by_expert(cls, expert: Tensor, kept: Tensor, num_experts: int) -> Dispatch:
+    def by_expert(
+        cls, expert: Tensor, kept: Tensor, num_experts: int, *, fused: bool = False
+    ) -> Dispatch:
         """Sort tokens by `expert` (any shape, int64) where `kept` (bool) holds."""
         key = torch.where(kept, expert, num_experts).flatten()
+        if fused:
+            return cls(*sort_by_expert(key, num_experts), fused=True)
         sorted_key, order = torch.sort(key, stable=True)
         ends = _segment_starts(sorted_key, num_experts + 1)[1:]
         return cls(order=order, inverse=_inverse(order), ends=ends.int())
@@ -92,12 +100,20 @@ class Dispatch:
         """Token rows x [N, d] in expert order."""
         if self.token is not None:
             return x.index_select(0, self.token)
+        if self.fused:
+            return permute_rows(x, self.order, self.inverse)
         return _Permute.apply(x, self.order, self.inverse)
 
     def restore(self, y: Tensor) -> Tensor:
         """Rows y [N, d] in expert order back in token order."""
         assert self.token is None, "a token may have several rows; combine them"
         return _Permute.apply(y, self.inverse, self.order)
+
+    def restore_times(self, y: Tensor, weight: Tensor) -> Tensor:
+        """Rows y [N, d] back in token order, times weight [N] of tokens, by one kernel."""
+        assert self.token is None
+        assert self.fused
+        return restore_times_gate(y, weight, self.order, self.inverse)
 
     def combine(self, y: Tensor, weight: Tensor, tokens: int) -> Tensor:
         """Each token's sum of its rows times their weights: [tokens, d].

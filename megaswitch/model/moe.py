@@ -26,6 +26,7 @@ class SwitchLayer(nn.Module):
     """
 
     tp: TensorParallel = ALONE
+    fused: bool = False  # whether Triton's kernels sort and move rows
 
     def __init__(self, config: ModelConfig, site: str, experts: ExpertStack) -> None:
         super().__init__()
@@ -88,7 +89,7 @@ class SwitchLayer(nn.Module):
     def _dispatch(self, routing: Routing, tokens: int) -> Dispatch:
         expert, kept = (_flat(t, routing, tokens) for t in (routing.expert, routing.kept))
         labels = self.experts.ep.relabel(expert, self.num_experts)
-        dispatch = Dispatch.by_expert(labels, kept, self.num_experts)
+        dispatch = Dispatch.by_expert(labels, kept, self.num_experts, fused=self.fused)
         if routing.token is None:
             return dispatch
         # Filler behind the last row is never kept, so that any token can stand for it.
@@ -153,6 +154,9 @@ class SwitchFFN(SwitchLayer):
             # One gate can wait until the token is where it came from; several cannot.
             alone = routing.token is None
             tokens = mask.numel()
+            if alone and self.fused and self.tp.size == 1:
+                weight = _flat(routing.gate, routing, tokens) * _flat(routing.kept, routing, tokens)
+                return dispatch.restore_times(y, weight).view(x.shape), routing
             y = dispatch.restore(y) if alone else self.combine(y, dispatch, routing, tokens)
             y = self._return(y, mask.shape, parts=x.ndim == 2).view(x.shape)
             return (self._times_gate(y, routing, tokens) if alone else y), routing

@@ -19,6 +19,7 @@ from megaswitch.layers.parameter import Init, initialize
 from megaswitch.model.blocks import Block
 from megaswitch.model.count import meta_model
 from megaswitch.model.experts import ExpertStack
+from megaswitch.model.moe import SwitchLayer
 from megaswitch.model.router import Router
 from megaswitch.model.stages import Stage, StageModule, balance, keep_only, plan_stages
 from megaswitch.model.switch_transformer import SwitchTransformer
@@ -136,8 +137,7 @@ def build_parts(
     holders = _holders(config, stages, mesh)
     weights = weights_of(named, specs, mesh, {name: ranks[0] for name, ranks in holders.items()})
     for model in models.values():
-        model.loss_tokens = train.loss_tokens
-        model.set_activation_checkpointing(config.train.activation_checkpointing, backend.recompute)
+        _choose(model, train, backend)
     sums = GradientSums(
         weights,
         mesh,
@@ -173,6 +173,15 @@ def _join(model: SwitchTransformer, config: RunConfig, mesh: Mesh) -> None:
         for name, value in (("tp", tp), ("ep", ep)):
             if hasattr(type(module), name):
                 setattr(module, name, value)
+
+
+def _choose(model: SwitchTransformer, train: TrainConfig, backend: Backend) -> None:
+    """Set what costs memory or time and changes no result."""
+    model.loss_tokens = train.loss_tokens
+    model.set_activation_checkpointing(train.activation_checkpointing, backend.recompute)
+    for module in model.modules():
+        if isinstance(module, SwitchLayer):
+            module.fused = train.dispatch == "triton"
 
 
 def _put_off_weight_gradients(model: SwitchTransformer) -> WeightGradients:

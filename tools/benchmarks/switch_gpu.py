@@ -75,12 +75,15 @@ def step(module: nn.Module, run: Callable[[], Tensor], backend: Backend | None =
     return once
 
 
-def layers(config: ModelConfig, recipe: str = "none", backend: str = "torch") -> tuple[Any, Any]:
+def layers(
+    config: ModelConfig, recipe: str = "none", backend: str = "torch", *, fused: bool = False
+) -> tuple[Any, Any]:
     """Steps of a dense and of a Switch FFN."""
     x = torch.randn(ROWS, LENGTH, config.d_model, device="cuda", requires_grad=True)
     mask = torch.ones(ROWS, LENGTH, dtype=torch.bool, device="cuda")
     noise = Noise(0, 0, torch.arange(ROWS, device="cuda"))
     dense, switch = filled(FeedForward(config, "ffn")), filled(SwitchFFN(config, "ffn"))
+    switch.fused = fused
     engine = None
     if (recipe, backend) != ("none", "torch"):
         fp8 = FP8Config() if recipe == "none" else FP8Config(recipe=recipe)  # type: ignore[arg-type]
@@ -150,6 +153,8 @@ def one_shape(
     group = config_of(d_model, d_ff, activation, experts, "group")
     dense, switch = layers(group)
     steps = {"dense": dense, "switch, capacity 1.25": switch}
+    fused = layers(group, fused=True)[1]
+    steps["switch, Triton"] = fused
     steps["switch, dropless"] = layers(config_of(d_model, d_ff, activation, experts, "dropless"))[1]
     if arguments.te:
         for recipe in ("none", "delayed", "current", "block"):
