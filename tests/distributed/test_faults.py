@@ -195,24 +195,6 @@ def _main(record: dict) -> str:
     return next(name for name in record["threads"] if name.startswith("MainThread"))
 
 
-def test_a_slow_rank_is_named(start, tmp_path):
-    def inject(rank):
-        plain = Runner.backward
-
-        def backward(self, micro, whole, record):
-            time.sleep(0.4 * (rank == 1))
-            return plain(self, micro, whole, record)
-
-        Runner.backward = backward
-
-    ranks = start(2, inject)
-    assert ranks.wait() == [0, 0], ranks.words()
-    found = events(tmp_path / "run", "straggler")
-    assert found, ranks.words()
-    assert {event["rank"] for event in found} == {1}
-    assert "rank 1 is slow: it is busy for" in ranks.words()
-
-
 def test_a_wrong_clock_is_named(start, tmp_path):
     class Clock:
         @staticmethod
