@@ -237,6 +237,7 @@ def test_a_run_that_cannot_save_in_time_ends_without(start, tmp_path):
     assert "no checkpoint within fault.stop_seconds=1 of the signal" in ranks.words()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sizes", [(2, 1), (2, 4)])
 def test_a_run_goes_on_with_half_and_with_double_the_ranks(start, tmp_path, sizes):
     from tests.distributed.chaos import record_samples, samples_by_step
