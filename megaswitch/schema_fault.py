@@ -42,6 +42,14 @@ class FaultConfig:
         default=None, gt=0, description="steps between comparisons of the weights that several "
         "ranks hold, also made before every checkpoint; unset: never"
     )  # fmt: skip
+    straggler_interval: int = Field(
+        default=100, ge=0, description="steps between looks for slow ranks, in which each does the "
+        "same work of some milliseconds; 0: never"
+    )  # fmt: skip
+    straggler: float = Field(
+        default=2.0, gt=1, description="a rank that is so many times as slow as the median of the "
+        "others, twice in a row, is reported"
+    )  # fmt: skip
     stop_seconds: int | None = Field(
         default=None, gt=0, description="seconds from SIGTERM, SIGINT or SIGUSR1 until the run has "
         "saved and ended; if it has not by then it ends without; unset: no limit"

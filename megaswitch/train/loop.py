@@ -10,6 +10,7 @@ from megaswitch.log import info
 from megaswitch.model.count import count
 from megaswitch.optim.schedule import learning_rate
 from megaswitch.parallel.replicas import Replicas, describe
+from megaswitch.parallel.stragglers import Stragglers
 from megaswitch.parallel.watchdog import Watchdog
 from megaswitch.train.display import Display
 from megaswitch.train.interrupt import Interrupt
@@ -35,6 +36,7 @@ class Loop:
         self.trainer, self.watchdog, self.profile = trainer, watchdog, profile
         self.meters = Meters(config, mesh, trainer.loader.source_names, trainer.distillation)
         every = config.fault.replica_interval
+        self.stragglers = Stragglers(mesh, config.fault.straggler)
         self.replicas = Replicas(trainer.parts.weights, mesh) if every else None
         self.display = Display(config, mesh, count(config.model).total_parameters)
         self.interrupt = Interrupt(config.fault.stop_seconds)
@@ -94,6 +96,8 @@ class Loop:
             row = f", left out ({trainer.state.row} of at most {config.fault.skip} in a row)"
             self.display.note(f"warning: {step.why}{row if step.verdict == 'skip' else ''}")
         number = trainer.state.step
+        if (looks := config.fault.straggler_interval) and number % looks == 0:
+            self._look_for_stragglers()
         last = step.stop or number == config.train.steps
         best = self._validate()
         every = config.checkpoint.interval
@@ -107,6 +111,12 @@ class Loop:
         if saves:
             self.display.note(trainer.save(wait=last, best=best))
             self.due = False
+
+    def _look_for_stragglers(self) -> None:
+        for slow in self.stragglers.look(self.trainer.data_seconds):
+            self.trainer.event("straggler", **vars(slow))
+            self.display.note(f"warning: {slow}")
+        self.trainer.data_seconds = 0.0
 
     def _validate(self) -> bool:
         """Measure on held-out data if that is due; whether it is the best so far."""

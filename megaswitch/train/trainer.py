@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -77,6 +78,7 @@ class Trainer:
     judge: Judge
     distillation: Distillation | None = None
     failure: Exception | None = None  # of this rank alone; the next step tells the others
+    data_seconds: float = 0.0  # that this rank has waited for data
 
     @classmethod
     def build(cls, config: RunConfig, mesh: Mesh) -> Trainer:
@@ -223,11 +225,14 @@ class Trainer:
     @named("data")
     def _batches(self, number: int) -> list[Seq2SeqBatch]:
         """The next micro-batches; a failure is kept for `step`."""
+        began = time.perf_counter()
         try:
             return [next(self.batches) for _ in range(number)]
         except UserError as error:
             self.failure = error
             return []
+        finally:
+            self.data_seconds += time.perf_counter() - began
 
     def validate(self) -> tuple[dict[str, float], bool]:
         """Figures of held-out data, and whether they are the best so far, and to be kept."""

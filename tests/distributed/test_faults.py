@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 
 from megaswitch.checkpoint.manager import CheckpointManager, checkpoints
+from megaswitch.data.samples import BatchStream
 from megaswitch.events import read_events
 from megaswitch.parallel import clocks
 from megaswitch.train.runner import Runner
@@ -193,6 +197,41 @@ def test_a_rank_that_sleeps_is_named_and_leaves_a_record(start, tmp_path):
 
 def _main(record: dict) -> str:
     return next(name for name in record["threads"] if name.startswith("MainThread"))
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="both ranks would share one core")
+def test_a_rank_on_a_busy_core_is_named(start, tmp_path):
+    def inject(rank):
+        if rank == 1:
+            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+            words = f"import os\nwhile os.getppid() == {os.getpid()}: pass"
+            for _ in range(6):
+                subprocess.Popen([sys.executable, "-c", words])
+
+    ranks = start(2, inject, "--fault.straggler_interval=5")
+    assert ranks.wait() == [0, 0], ranks.words()
+    found = events(tmp_path / "run", "straggler")
+    assert found, ranks.words()
+    assert {event["rank"] for event in found} == {1}
+    assert re.search(
+        r"rank 1 on \S+ is slow: it needs \d+\.\d times as long as the others", ranks.words()
+    )
+
+
+def test_a_rank_that_waits_for_data_is_named(start, tmp_path):
+    def inject(rank):
+        plain = BatchStream.__next__
+
+        def late(self):
+            time.sleep(0.2 * (rank == 1))
+            return plain(self)
+
+        BatchStream.__next__ = late
+
+    ranks = start(2, inject, "--fault.straggler_interval=4", "--train.steps=8")
+    assert ranks.wait() == [0, 0], ranks.words()
+    found = [e for e in events(tmp_path / "run", "straggler") if "waits for data" in e["why"]]
+    assert [(event["rank"], event["step"]) for event in found] == [(1, 8)]
 
 
 def test_a_wrong_clock_is_named(start, tmp_path):
