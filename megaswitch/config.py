@@ -172,6 +172,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if str(path).startswith("--"):
+            raise UserError(
+                f"a configuration file comes before {path}; see examples/ for some"
+            ) from None
         raise UserError(
             f"configuration file {path} does not exist; see examples/ for some"
         ) from None

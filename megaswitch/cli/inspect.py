@@ -39,7 +39,7 @@ _OTHER = {
 
 @click.command("inspect")
 @click.argument("path", type=PATH)
-@click.option("--verify", is_flag=True, help="Compare files with their SHA-256 sums.")
+@click.option("--verify", is_flag=True, help="Compare files with their checksums.")
 @click.option("--stats", is_flag=True, help="Checkpoint: read all tensors; NaNs, dead experts.")
 @click.option("--diff", type=PATH, help="Checkpoint: compare it with this one, of any layout.")
 @click.option("--tokenizer", type=PATH, help="Data: decode documents and samples with this model.")

@@ -34,7 +34,7 @@ def checkpoint_report(path: Path, *, check_sums: bool, with_stats: bool) -> dict
 
     Args:
         path: the checkpoint's folder.
-        check_sums: compare every file with its SHA-256.
+        check_sums: compare every file with its checksum.
         with_stats: read every tensor and describe its values.
 
     Raises:

@@ -7,12 +7,13 @@ import os
 import shlex
 import statistics
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from megaswitch.checkpoint.manager import checkpoints, read_config, verify
+from megaswitch.checkpoint.manager import checkpoints, read_config, read_state, verify
 from megaswitch.cli.changes import changes
 from megaswitch.cli.show import curve, print_fields, print_lines, print_table, size
 from megaswitch.config import RunConfig
@@ -30,7 +31,7 @@ def run_report(path: Path, *, check_sums: bool) -> dict[str, Any]:
 
     Args:
         path: the run's folder.
-        check_sums: compare every file of every checkpoint with its SHA-256.
+        check_sums: compare every file of every checkpoint with its checksum.
 
     Raises:
         UserError: its configuration cannot be read, or a checkpoint's sums do not match.
@@ -61,7 +62,7 @@ def run_report(path: Path, *, check_sums: bool) -> dict[str, Any]:
             "num_experts": config.model.moe.num_experts,
         },
         "changes": [c for c in changes(config) if c["key"] != "model.preset"],
-        "progress": _progress(config, last_step),
+        "progress": _progress(config, last_step, saved[-1] if saved else None),
         "latest": training[-1] if training else None,
         "latest_validation": validation[-1] if validation else None,
         "speed": _speed(training),
@@ -91,12 +92,16 @@ def disk_use(paths: Iterable[Path]) -> int:
     return total
 
 
-def _progress(config: RunConfig, step: int) -> dict[str, Any]:
+def _progress(config: RunConfig, step: int, checkpoint: Path | None) -> dict[str, Any]:
+    """Of the newest checkpoint, which knows what was passed over, and since then."""
+    saved = {"step": 0, "samples": 0}
+    with suppress(UserError):  # a damaged one, which `--verify` tells
+        saved = read_state(checkpoint)["state"] if checkpoint else saved
+    samples, since = saved["samples"], max(0, step - saved["step"])
     if config.train.rampup_batch_size is None:
-        samples = step * config.train.batch_size
+        samples += since * config.train.batch_size
     else:
-        samples = 0
-        for _ in range(step):
+        for _ in range(since):
             samples += batch_size(config, samples)
     progress = {"step": step, "steps": config.train.steps, "samples": samples}
     try:

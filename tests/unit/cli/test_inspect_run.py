@@ -66,8 +66,20 @@ def test_a_growing_batch_is_counted(run_copy, capsys):
         .replace("batch_size = 4\nmicro", "batch_size = 12\nmicro")
     )
     config.write_text(text)
+    shutil.rmtree(run_copy / "checkpoints")  # which would know
     # 4 sequences, then 8 once 4 have been seen, then 12.
     assert report(capsys, "inspect", run_copy)["progress"]["samples"] == 4 + 8 + 12
+
+
+def test_samples_that_were_passed_over_count(run_copy, capsys):
+    (saved,) = checkpoints(run_copy / "checkpoints")
+    state = saved / "state.json"
+    content = json.loads(state.read_text())
+    content["state"]["samples"] += 40
+    state.write_text(json.dumps(content))
+    assert report(capsys, "inspect", run_copy)["progress"]["samples"] == 12 + 40
+    state.write_text("{}")
+    assert report(capsys, "inspect", run_copy)["progress"]["samples"] == 12
 
 
 def test_data_that_is_gone_leaves_the_rest(run_copy, capsys):
