@@ -8,6 +8,7 @@
 #   MEGASWITCH     how ranks start MegaSwitch; default: megaswitch of the PATH
 #   RESTARTS       how often a job that failed by itself is queued again (default 10); one that was
 #                  stopped in time, or whose node died, is queued again without end
+#   NODE_RANGE     of a job that may go on with fewer nodes, the same as its --nodes=6-8
 #   IMAGE          a container image, or nothing; with ENGINE=pyxis (default) or apptainer
 #   MOUNTS         folders that the container sees, such as /scratch,/home; default: the current one
 
@@ -36,9 +37,24 @@ fi
 _again() { # _again WHY: queue this job again, which ends this script
   echo "job $SLURM_JOB_ID: $1; queued again (start number $((${SLURM_RESTART_COUNT:-0} + 2)))"
   trap '' TERM USR1
-  scontrol requeue "$SLURM_JOB_ID"
+  scontrol requeue "$SLURM_JOB_ID" # or SLURM has done it, because a node died
+  [ -z "${NODE_RANGE:-}" ] || _fit_nodes
   sleep 300
   exit 1
+}
+
+# SLURM would keep the number of tasks that the job had, and with it all of its nodes. It takes the
+# change once the job is waiting; until it ends this script there is time for that (KillWait).
+_fit_nodes() {
+  local tasks=$((${NODE_RANGE%-*} * ${SLURM_NTASKS_PER_NODE:-1}))
+  for _ in {1..25}; do
+    if scontrol update JobId="$SLURM_JOB_ID" NumTasks="$tasks" 2>/dev/null; then
+      scontrol update JobId="$SLURM_JOB_ID" NumNodes="$NODE_RANGE"
+      return
+    fi
+    sleep 1
+  done
+  echo "job $SLURM_JOB_ID: cannot ask for $NODE_RANGE nodes; it waits for as many as it had" >&2
 }
 
 # Starts the step in the background, since the shell hears signals only while it waits. `wait` comes
