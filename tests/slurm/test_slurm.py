@@ -185,7 +185,7 @@ def test_the_doctor_sees_both_nodes(cluster, submit, tmp_path):
 def test_conversion_fine_tuning_and_a_study(cluster, submit, text_run, corpus, tmp_path):
     job, log = submit(
         "convert.sbatch", "export-hf", str(text_run / "run"), str(tmp_path / "hf"),
-        nodes="1", ranks=1, slow=False,
+        "--capacity", "dropless", nodes="1", ranks=1, slow=False,
     )  # fmt: skip
     cluster.wait(job, "COMPLETED", 180, log)
     assert (tmp_path / "hf" / "config.json").exists()
