@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from megaswitch.schema_data import DataConfig
 from megaswitch.schema_distill import DistillConfig
 from megaswitch.schema_fault import FaultConfig
-from megaswitch.schema_keys import STRICT, all_of, only_if
+from megaswitch.schema_keys import STRICT, Selective, all_of, only_if
 from megaswitch.schema_moe import MoEConfig
 
 
@@ -270,7 +270,9 @@ class TrainConfig:
     deterministic: bool = Field(
         default=False, description="deterministic GPU kernels alone: the same bits again, slower"
     )
-    activation_checkpointing: bool = Field(default=False, description="recompute each block")
+    activation_checkpointing: Selective = Field(
+        default=False, description="recompute each block, or 'selective': not its matrix products"
+    )
     logits_z_loss: float = Field(default=1e-4, ge=0, description="weight of log²Z of the softmax")
     loss_tokens: int | None = Field(
         default=None,
