@@ -175,6 +175,11 @@ def _check_kernels(config: RunConfig) -> Iterator[str]:
             f"train.loss_tokens={config.train.loss_tokens} keeps no logits to compare with those "
             "of distill.teacher; leave it unset"
         )
+    if config.train.backend == "te" and config.train.activation_checkpointing == "selective":
+        yield (
+            "train.activation_checkpointing='selective' keeps products that torch sees, and "
+            "train.backend='te' hides its own; use true, or backend='torch'"
+        )
     if config.train.backend == "te" and config.parallel.schedule == "zero-bubble":
         yield (
             "train.backend='te' computes weight gradients at once, and parallel.schedule="

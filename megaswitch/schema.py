@@ -14,7 +14,8 @@ from pydantic.dataclasses import dataclass
 from megaswitch.schema_data import DataConfig
 from megaswitch.schema_distill import DistillConfig
 from megaswitch.schema_fault import FaultConfig
-from megaswitch.schema_keys import STRICT, all_of, only_if
+from megaswitch.schema_fp8 import FP8Config
+from megaswitch.schema_keys import STRICT, Selective, all_of, only_if
 from megaswitch.schema_moe import MoEConfig
 
 
@@ -192,41 +193,6 @@ class OptimConfig:
     )
 
 
-_SCALED = ("delayed", "current", "block", "mxfp8")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class FP8Config:
-    """8-bit floats in the products of linear maps: dense ones and experts', never routers or heads.
-
-    Inputs and weights are rounded to e4m3, gradients of outputs to e5m2 (block and mxfp8: e4m3).
-    """
-
-    recipe: Literal["none", "delayed", "current", "block", "mxfp8"] = Field(
-        default="none",
-        description="scales: delayed, from the magnitudes of earlier steps; current, of the tensor "
-        "itself; block, of 1×128 and 128×128 numbers; mxfp8, of 1×32",
-    )
-    amax_history: int = Field(
-        default=1024,
-        ge=2,
-        description="entries of the history that scales are taken from; one a step, te's one a "
-        "micro-batch",
-        json_schema_extra=only_if("train.fp8.recipe", "delayed"),
-    )
-    margin: int = Field(
-        default=0,
-        ge=0,
-        description="powers of two kept free above the largest magnitude",
-        json_schema_extra=only_if("train.fp8.recipe", "delayed"),
-    )
-    keep: list[str] | None = Field(
-        default=None,
-        description="patterns of maps that stay in train.precision, such as encoder.layers.0.*",
-        json_schema_extra=only_if("train.fp8.recipe", *_SCALED),
-    )
-
-
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainConfig:
     """The loop. Batch sizes count sequences."""
@@ -264,13 +230,20 @@ class TrainConfig:
         default="torch",
         description="what sorts tokens by expert and moves them: torch, or fused kernels of Triton",
     )
+    compile: bool = Field(
+        default=False,
+        description="let torch.compile make one kernel of what is between products: norms, "
+        "activations, softmax, dropout, the loss",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: CUDA where there is one"
     )
     deterministic: bool = Field(
         default=False, description="deterministic GPU kernels alone: the same bits again, slower"
     )
-    activation_checkpointing: bool = Field(default=False, description="recompute each block")
+    activation_checkpointing: Selective = Field(
+        default=False, description="recompute each block, or 'selective': not its matrix products"
+    )
     logits_z_loss: float = Field(default=1e-4, ge=0, description="weight of log²Z of the softmax")
     loss_tokens: int | None = Field(
         default=None,

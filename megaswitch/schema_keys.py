@@ -6,11 +6,22 @@ is written while it has none is an error.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import BeforeValidator, ConfigDict
+from pydantic_core import PydanticCustomError
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _true_false_or_selective(value: object) -> object:
+    """Refuse the numbers 0 and 1, which Python takes for false and true."""
+    if isinstance(value, bool) or value == "selective":
+        return value
+    raise PydanticCustomError("selective", "Input should be true, false or 'selective'")
+
+
+Selective = Annotated[Literal[False, True, "selective"], BeforeValidator(_true_false_or_selective)]
 
 
 def only_if(key: str, *values: object) -> dict[str, Any]:

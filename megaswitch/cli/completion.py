@@ -177,6 +177,8 @@ def _values(key: str, incomplete: str) -> Iterator[str]:
     for choice in typing.get_args(kind) or (kind,):
         if isinstance(choice, str):
             yield choice
+        elif isinstance(choice, bool):
+            yield str(choice).lower()
         elif choice is bool:
             yield from ("true", "false")
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megaswitch.layers.compiled import region_to_compile
 from megaswitch.layers.linear import Linear
 from megaswitch.layers.noise import Noise, drop
 from megaswitch.layers.norm import at_least_fp32
@@ -80,8 +81,7 @@ class Attend(nn.Module):
         torch's fused kernels give no gradient to the bias; its own fallback does the same as this
         and also looks for rows that are masked throughout, which ours (finite) never are.
         """
-        scores = at_least_fp32(q @ k.transpose(-1, -2))
-        weights = torch.softmax(scores if bias is None else scores + bias, -1)
+        weights = _weights(q @ k.transpose(-1, -2), bias)
         if noise is not None and self.dropout:
             batch, _, queries, keys = weights.shape
             heads = self.tp.part(self.num_heads)
@@ -92,6 +92,13 @@ class Attend(nn.Module):
             )
             weights = drop(weights, draws, self.dropout)
         return weights.to(v.dtype) @ v
+
+
+@region_to_compile
+def _weights(scores: Tensor, bias: Tensor | None) -> Tensor:
+    """Softmax of scores [B, heads, Q, K] and their bias, in at least fp32."""
+    scores = at_least_fp32(scores)
+    return torch.softmax(scores if bias is None else scores + bias, -1)
 
 
 class Attention(Attend):

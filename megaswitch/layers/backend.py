@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megaswitch.config import FP8Config
 from megaswitch.layers import te_backend, triton_kernels
+from megaswitch.layers.compiled import missing_compiler
 from megaswitch.layers.kernels import LinearMap
 from megaswitch.layers.te_backend import TEBackend
 from megaswitch.layers.torch_backend import TorchBackend
@@ -79,6 +80,20 @@ def check_backend(name: str, fp8: FP8Config, device: str) -> None:
     """
     if name == "te" and (reason := te_backend.missing(fp8, device)):
         raise UserError(f"train.backend='te' cannot run here: {reason}")
+
+
+def check_compile(on: bool, device: str) -> None:
+    """Refuse to compile where torch cannot. Needs no process group.
+
+    Args:
+        on: `train.compile`.
+        device: "cpu", "cuda" or "auto", as configured.
+
+    Raises:
+        UserError: saying what is missing, and how to get it.
+    """
+    if on and (reason := missing_compiler(device)):
+        raise UserError(f"train.compile=true cannot run here: {reason}")
 
 
 def check_dispatch(name: str, device: str) -> None:

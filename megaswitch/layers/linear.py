@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -253,43 +253,58 @@ class _SlicedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, ends: Tensor, defer: _Deferral | None
     ) -> Tensor:
-        bounds = [0, *ends.tolist()]
-        ctx.save_for_backward(x, weight)
-        ctx.bounds, ctx.defer = bounds, defer
-        y = x.new_empty(len(x), weight.shape[1])
-        for expert, rows in _occupied(bounds):
-            torch.mm(x[rows], weight[expert].t(), out=y[rows])
-        y[bounds[-1] :].zero_()
-        return y
+        ctx.save_for_backward(x, weight, ends)
+        ctx.defer = defer
+        return grouped_product(x, weight, ends)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, weight = ctx.saved_tensors
-        bounds = ctx.bounds
+        x, weight, ends = ctx.saved_tensors
+        counts = _counts(ends, len(x))
         grad = grad.contiguous()
         x_grad = weight_grad = None
         if ctx.needs_input_grad[0]:
             x_grad = torch.empty_like(x)
-            for expert, rows in _occupied(bounds):
-                torch.mm(grad[rows], weight[expert], out=x_grad[rows])
-            x_grad[bounds[-1] :].zero_()
+            _multiply(grad, weight.unbind(0), counts, x_grad)
         if ctx.defer:
-            ctx.defer.put_off(lambda: _stack_gradient(x, grad, bounds, weight))
+            ctx.defer.put_off(lambda: _stack_gradient(x, grad, counts, weight))
         elif ctx.needs_input_grad[1]:
-            weight_grad = _stack_gradient(x, grad, bounds, weight)
+            weight_grad = _stack_gradient(x, grad, counts, weight)
         return x_grad, weight_grad, None, None
 
 
-def _stack_gradient(x: Tensor, grad: Tensor, bounds: list[int], weight: Tensor) -> Tensor:
+@torch.library.custom_op("megaswitch::grouped_product", mutates_args=())
+def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """`grouped_linear` on a CPU without autograd: an operation that tools of torch see as one."""
+    y = x.new_empty(len(x), weight.shape[1])
+    _multiply(x, weight.transpose(1, 2).unbind(0), _counts(ends, len(x)), y)
+    return y
+
+
+@grouped_product.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(len(x), weight.shape[1])
+
+
+def _counts(ends: Tensor, rows: int) -> list[int]:
+    """Rows of each expert and, last, those behind them all."""
+    return [end - start for start, end in itertools.pairwise([0, *ends.tolist(), rows])]
+
+
+def _multiply(x: Tensor, matrices: Sequence[Tensor], counts: list[int], y: Tensor) -> None:
+    """Write rows of x times their expert's matrix [in, out] into y; 0 behind the last expert's."""
+    *blocks, rest = zip(x.split(counts), y.split(counts), strict=True)
+    for (rows, out), matrix in zip(blocks, matrices, strict=True):
+        if len(rows):  # a step of decoding has rows for few experts of many
+            torch.mm(rows, matrix, out=out)
+    rest[1].zero_()
+
+
+def _stack_gradient(x: Tensor, grad: Tensor, counts: list[int], weight: Tensor) -> Tensor:
     """Σ grad xᵀ over each expert's rows; an expert without rows still gets its zeros."""
     result = _MEMORY.empty_like(weight)
-    for expert, (start, end) in enumerate(itertools.pairwise(bounds)):
-        torch.mm(grad[start:end].t(), x[start:end], out=result[expert])
+    factors = zip(grad.split(counts), x.split(counts), strict=True)
+    for (to, rows), out in zip(factors, result.unbind(0), strict=False):  # none of what is behind
+        torch.mm(to.t(), rows, out=out)
     return result
-
-
-def _occupied(bounds: list[int]) -> list[tuple[int, slice]]:
-    """The experts that have rows, and which: a step of decoding has rows for few of many."""
-    pairs = enumerate(itertools.pairwise(bounds))
-    return [(expert, slice(start, end)) for expert, (start, end) in pairs if end > start]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megaswitch.layers.compiled import region_to_compile, regions_are_compiled
 from megaswitch.layers.kernels import kernels_of
 from megaswitch.layers.parameter import stable_hash
 from megaswitch.parallel.tensor_parallel import ALONE, TensorParallel
@@ -107,6 +108,8 @@ def ahead(keys: Tensor, elements: Tensor) -> Tensor:
 
 def draw(keys: Tensor, columns: range) -> Tensor:
     """Uniform draws in [0, 1), fp32: [N, len(columns)] for keys [N] int64."""
+    if regions_are_compiled():
+        return _draw_at_once(keys, columns.start, columns.stop)
     elements = torch.arange(columns.start + 1, columns.stop + 1, device=keys.device)
     elements.mul_(_GOLDEN)
     draws = torch.empty(len(keys), len(columns), device=keys.device, dtype=torch.float32)
@@ -120,6 +123,16 @@ def draw(keys: Tensor, columns: range) -> Tensor:
             bits = _mix(counters, torch.empty_like(counters)) >> 40
             target.copy_(bits.bitwise_and_((1 << 24) - 1)).mul_(2.0**-24)
     return draws
+
+
+@region_to_compile
+def _draw_at_once(keys: Tensor, start: int, stop: int) -> Tensor:
+    """`draw` as one expression, which needs no memory of its own where it is compiled."""
+    elements = torch.arange(start + 1, stop + 1, device=keys.device) * _GOLDEN
+    bits = keys[:, None] + elements
+    for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
+        bits = (bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return ((bits >> 40) & ((1 << 24) - 1)).float() * 2.0**-24
 
 
 def dropout(
@@ -152,6 +165,7 @@ def dropout(
     return drop(x, draws, rate)
 
 
+@region_to_compile
 def drop(x: Tensor, draws: Tensor, rate: float) -> Tensor:
     """`x` where the draws are at least `rate`, scaled up; else 0."""
     return x * (draws >= rate).to(x.dtype).mul_(1.0 / (1.0 - rate)).view(x.shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from megaswitch.layers.compiled import region_to_compile
 from megaswitch.layers.parameter import Init, parameter
 from megaswitch.parallel.regions import named
 
@@ -25,6 +26,11 @@ class RMSNorm(nn.Module):
     @named("norms")
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension of x [..., size]."""
-        wide = at_least_fp32(x)
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
-        return (normed * self.weight).to(x.dtype)
+        return _rms_norm(x, self.weight, self.epsilon)
+
+
+@region_to_compile
+def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    wide = at_least_fp32(x)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    return (normed * weight).to(x.dtype)

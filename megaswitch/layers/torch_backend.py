@@ -4,26 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megaswitch.config import FP8Config
 from megaswitch.layers.fp8 import Blocks, Current, Delayed, Factor, FP8Kernel, Scaling
 from megaswitch.layers.kernels import LinearMap
 from megaswitch.layers.parameter import local
+from megaswitch.layers.recompute import recompute
 from megaswitch.parallel.mesh import Mesh
 
 # Ranks that see other parts of a map's factors: other tokens, or other slices of the matrix.
 _AXES = {False: ("dp", "tp"), True: ("edp", "tp")}
-
-
-# Noise is counted, not drawn from a state, so there is none to stash.
-recompute: Callable[..., Any] = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 class TorchBackend:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import register_pytree_node
 
+from megaswitch.layers.compiled import region_to_compile
 from megaswitch.layers.kernels import as_autocast, kernels_of
 from megaswitch.layers.norm import at_least_fp32
 from megaswitch.layers.parameter import Init, local, parameter
@@ -250,6 +251,7 @@ class _LazyScores(torch.autograd.Function):
         return hidden_grad, table_grad.to(table.dtype), None, None, None, None
 
 
+@region_to_compile
 def _scores_of(logits: Tensor, targets: Tensor, first: int) -> Tensor:
     """[4, N] in at least fp32, of logits [N, n] of this rank's rows of the vocabulary.
 
@@ -288,6 +290,7 @@ def _over_vocabulary(found: list[Tensor], tp: TensorParallel) -> tuple[Tensor, T
     return torch.logsumexp(log_zs, 0), chosens.sum(0), column
 
 
+@region_to_compile
 def _gradient_of(
     logits: Tensor,
     targets: Tensor,

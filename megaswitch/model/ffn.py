@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaswitch.config import ModelConfig
+from megaswitch.layers.compiled import region_to_compile
 from megaswitch.layers.linear import Linear
 from megaswitch.layers.noise import Noise, drop
 from megaswitch.layers.parameter import scaled
@@ -13,6 +14,7 @@ from megaswitch.parallel.regions import named
 from megaswitch.parallel.tensor_parallel import ALONE, TensorParallel
 
 
+@region_to_compile
 def activate(inner: Tensor, gate: Tensor | None) -> Tensor:
     """ReLU, or GELU of the gate (tanh form, as T5 v1.1) times the inner projection."""
     return F.relu(inner) if gate is None else F.gelu(gate, approximate="tanh") * inner

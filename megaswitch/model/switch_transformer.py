@@ -15,7 +15,7 @@ from megaswitch.layers.attention import RelativeBias, causal_bias, padding_bias,
 from megaswitch.layers.noise import Noise, dropout
 from megaswitch.layers.norm import RMSNorm
 from megaswitch.layers.parameter import Init, initialize, scaled
-from megaswitch.layers.torch_backend import recompute
+from megaswitch.layers.recompute import recompute, recompute_cheap
 from megaswitch.layers.vocab import Embedding, Head, LazyLogits, tied_logits
 from megaswitch.model.adapters import add_adapters
 from megaswitch.model.blocks import Block
@@ -256,15 +256,17 @@ class SwitchTransformer(nn.Module):
         return self
 
     def set_activation_checkpointing(
-        self, enabled: bool, recompute: Callable[..., Any] = recompute
+        self, which: Literal[False, True, "selective"], recompute: Callable[..., Any] = recompute
     ) -> None:
-        """Keep only each block's input for the backward pass and compute the rest again.
+        """Compute again in the backward pass what is not kept for it.
 
         Args:
-            enabled: False: keep everything.
-            recompute: how, as `layers.backend.Backend` says.
+            which: False: keep everything. True: keep each block's input alone. "selective": also
+                what its products with weights give.
+            recompute: how all of a block is, as `layers.backend.Backend` says.
         """
-        self.encoder.recompute = self.decoder.recompute = recompute if enabled else None
+        again = {False: None, True: recompute, "selective": recompute_cheap}[which]
+        self.encoder.recompute = self.decoder.recompute = again
 
     def forward(
         self,

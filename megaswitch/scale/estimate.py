@@ -190,7 +190,7 @@ class _Layout:
             names_of_head = ("head.weight", "embedding.weight")
             ends += 2.0 * next((sliced[n] for n in names_of_head if n in sliced), 0.0)
         whole = [a + b for a, b in zip(each, matrices.values(), strict=True)]
-        if not self.config.train.activation_checkpointing:
+        if self.config.train.activation_checkpointing is not True:
             # Where the head is, its work is the most, and done before any block's.
             return sum(whole) + ends, 0.0 if own[-1].last else _BACKWARD * max(each)
         width = 4.0 * self.rows * self.config.model.d_model
@@ -201,7 +201,7 @@ class _Layout:
 
     def seconds(self, profile: Profile) -> Seconds:
         """Of a step."""
-        again = 1 if self.config.train.activation_checkpointing else 0
+        again = 1 if self.config.train.activation_checkpointing is True else 0
         forward = [self._stage_time(s, profile) for s in self.stages]
         ranks = [
             [t for s, t in zip(self.stages, forward, strict=True) if s.index % self.pp == r]

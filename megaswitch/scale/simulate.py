@@ -90,7 +90,7 @@ def stage_costs(config: RunConfig, lengths: tuple[int, int]) -> list[dict[str, f
     for index, count in enumerate(counts):
         start = sum(counts[:index])
         own = sum(blocks[start : start + count]) + (head if index == number - 1 else 0)
-        again = 1 if config.train.activation_checkpointing else 0
+        again = 1 if config.train.activation_checkpointing is True else 0
         factors = {"FORWARD": 1, "FULL_BACKWARD": 2 + again, "BACKWARD_INPUT": 1 + again,
                    "BACKWARD_WEIGHT": 1}  # fmt: skip
         costs.append({kind: factor * own / mean for kind, factor in factors.items()})

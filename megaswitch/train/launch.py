@@ -7,7 +7,7 @@ from pathlib import Path
 from megaswitch.checkpoint.manager import checkpoints
 from megaswitch.config import RunConfig
 from megaswitch.events import write_event
-from megaswitch.layers.backend import check_backend, check_dispatch
+from megaswitch.layers.backend import check_backend, check_compile, check_dispatch
 from megaswitch.log import info, warn
 from megaswitch.parallel.clocks import TOLERANCE, clock_offsets
 from megaswitch.parallel.launcher import world_size
@@ -36,6 +36,7 @@ def launch(config: RunConfig, *, profile: bool = False) -> bool:
     """
     check_backend(config.train.backend, config.train.fp8, config.train.device)
     check_dispatch(config.train.dispatch, config.train.device)
+    check_compile(config.train.compile, config.train.device)
     if config.train.deterministic:
         be_deterministic()
     check_trainable(config)

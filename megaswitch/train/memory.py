@@ -124,7 +124,9 @@ class TrainingMemory:
         """What would make this run need less, the least costly first."""
         config, found = self.config, []
         train, parallel = config.train, config.parallel
-        if not train.activation_checkpointing:
+        if not train.activation_checkpointing and train.backend == "torch":
+            found.append("train.activation_checkpointing='selective' (recomputes what is cheap)")
+        if train.activation_checkpointing is not True:
             found.append("train.activation_checkpointing=true (about a third more work)")
         if (smaller := self._smaller_micro_batch()) is not None:
             found.append(f"train.micro_batch_size={smaller} instead of {train.micro_batch_size}")

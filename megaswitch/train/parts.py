@@ -13,6 +13,7 @@ from megaswitch.checkpoint.chunks import Chunk
 from megaswitch.checkpoint.contents import history_chunks
 from megaswitch.config import RunConfig, TrainConfig
 from megaswitch.layers.backend import BACKENDS, Backend
+from megaswitch.layers.compiled import compile_regions
 from megaswitch.layers.deferred import WeightGradients
 from megaswitch.layers.linear import GroupedLinear, Linear
 from megaswitch.layers.parameter import Init, initialize
@@ -114,6 +115,8 @@ def build_parts(
     sharded: set[str] = set()
     train = config.train if training else TrainConfig()  # what is evaluated is so in full precision
     backend = BACKENDS[train.backend](train.fp8, mesh)
+    if training:
+        compile_regions(train.compile)
     for stage in stages:
         if stage.index % mesh.axis("pp").size == mesh.axis("pp").rank:
             model = _layers(config, mesh, stage)

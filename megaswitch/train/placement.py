@@ -91,10 +91,9 @@ def row_lengths(config: RunConfig) -> tuple[int, int]:
 
 
 def in_torch(config: RunConfig) -> RunConfig:
-    """The run multiplied by torch in `train.precision`: what a rehearsal without a GPU is of."""
-    return replace(
-        config, train=replace(config.train, backend="torch", fp8=FP8Config(), dispatch="torch")
-    )
+    """The run by torch alone in `train.precision`: what a rehearsal without a GPU is of."""
+    plain = replace(config.train, backend="torch", fp8=FP8Config(), dispatch="torch", compile=False)
+    return replace(config, train=plain)
 
 
 def _coordinates(mesh: Mesh) -> dict[str, np.ndarray]:

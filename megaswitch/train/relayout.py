@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from megaswitch.checkpoint.contents import MODEL, stored_keys
+from megaswitch.checkpoint.contents import FP8, MODEL, stored_keys
 from megaswitch.checkpoint.integrity import check_sizes
 from megaswitch.checkpoint.manager import (
     find_checkpoint,
@@ -20,7 +20,7 @@ from megaswitch.checkpoint.reshard import Work
 from megaswitch.checkpoint.subset import Subset, take_subset
 from megaswitch.checkpoint.tensor_files import StoredTensor, read_headers
 from megaswitch.config import RunConfig, relaid, to_toml
-from megaswitch.log import UserError
+from megaswitch.log import UserError, info
 from megaswitch.model.count import meta_model
 from megaswitch.train.placement import fresh_states, placements
 
@@ -76,6 +76,8 @@ def plan_work(
         for name, tensor in wanted.items()
     }
     files = place_pieces(held, keys, dtypes, ranks)
+    if changes.optimizer and any(name.startswith(FP8) for name in stored):
+        info("left out: the magnitudes of FP8's delayed scaling, which training finds anew")
     return Work(path, stored, wanted, files, config.parallel.tp, to_toml(config)), config
 
 

@@ -32,7 +32,7 @@ _MAY_CHANGE = (
     *("distill.teacher", "distill.logits"),  # what they hold is compared
     *("data.access", "data.loader_threads", "data.prefetch_batches"),
     *("train.steps", "train.run_dir", "train.device"),
-    *("train.backend", "train.dispatch", "train.micro_batch_size"),
+    *("train.backend", "train.dispatch", "train.compile", "train.micro_batch_size"),
     *("train.activation_checkpointing", "train.loss_tokens", "train.log_interval"),
     *("train.trackers", "train.deterministic"),
     *("train.valid_interval", "train.valid_samples", "train.valid_metrics"),

@@ -84,7 +84,7 @@ class Free:
 
     capacity_mode: Literal["group", "hf", "dropless"] = "group"
     dropout: float = 0.1
-    activation_checkpointing: bool = False
+    activation_checkpointing: Literal[False, True, "selective"] = False
     tie_embeddings: bool = True
     activation: Literal["relu", "gated-gelu"] = "relu"
     aux_loss_reduction: Literal["sum", "mean"] = "sum"
@@ -94,7 +94,7 @@ class Free:
 FREE: dict[str, tuple[Any, ...]] = {
     "capacity_mode": ("group", "hf", "dropless"),
     "dropout": (0.1, 0.0),
-    "activation_checkpointing": (False, True),
+    "activation_checkpointing": (False, True, "selective"),
     "tie_embeddings": (True, False),
     "activation": ("relu", "gated-gelu"),
     "aux_loss_reduction": ("sum", "mean"),

@@ -51,6 +51,8 @@ def test_bytes_of_each_collective_are_those_of_a_real_run(world: World, name: st
 
 HELD: dict[str, Case] = {
     "alone": case("", activation_checkpointing=False),
+    "alone, selective": case("", activation_checkpointing="selective"),
+    "alone, recomputed": case("", activation_checkpointing=True),
     "dp": case("edp2", zero="none", optimizer="adafactor"),
     "zero, optimizer": case("edp2", zero="optimizer"),
     "zero, full": case("edp2", zero="full", activation_checkpointing=True),

@@ -186,6 +186,7 @@ def value_of(key, text):
         ("optim.learning_rate", "2", 2.0),
         ("train.activation_checkpointing", "true", True),
         ("train.activation_checkpointing", "false", False),
+        ("train.activation_checkpointing", "selective", "selective"),
         ("model.tie_embeddings", "false", False),
         ("train.run_dir", "runs/a b", "runs/a b"),
         ("train.run_dir", '"5"', "5"),

@@ -284,3 +284,17 @@ def test_fingerprints_add_up_over_any_parts_and_see_what_moved():
     changed = bits.copy()
     changed[4, 5, 7] ^= 1
     assert fingerprint(changed, (0, 0, 0), bits.shape) != whole
+
+
+def test_magnitudes_of_delayed_scaling_are_left_out_with_a_word(corpus, tmp_path, capsys):
+    options = [
+        *("--model.preset=switch-tiny", "--model.vocab_size=195", f"--data.train={corpus}"),
+        *("--model.moe.group_size=128", "--train.fp8.recipe=delayed", "--train.steps=1"),
+        *(*SMALL, f"--train.run_dir={tmp_path / 'run'}"),
+    ]
+    alone = Mesh(0, 1, torch.device("cpu"), None)
+    Trainer.build(load_config(None, options), alone).fit()
+    source = find_checkpoint(tmp_path / "run")
+    run("reshard", source, tmp_path / "run2/checkpoints/step_00000001")
+    assert "left out: the magnitudes of FP8's delayed scaling" in capsys.readouterr().err
+    assert any(name.startswith("fp8.") for name in content(source))

@@ -62,7 +62,7 @@ def test_sections_then_keys_are_offered(monkeypatch, shell):
     [
         ("--model.preset=switch-l", [name for name in PRESETS if name.startswith("switch-l")]),
         ("--optim.name=", ["adafactor", "adamw"]),
-        ("--train.activation_checkpointing=", ["true", "false"]),
+        ("--train.activation_checkpointing=", ["false", "true", "selective"]),
         ("--model.moe.capacity_mode=d", ["dropless"]),
         ("--train.steps=", []),
         ("--train.rampup_batch_size=", []),

@@ -1,10 +1,12 @@
 """The Switch layer against plain loops, and what must hold of the whole model."""
 
 import itertools
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megaswitch.layers.noise import Noise
 from megaswitch.model.switch_transformer import SwitchTransformer, rows_per_group
@@ -206,12 +208,13 @@ def gradients(model, *arguments, **options):
 
 @shapes
 @modes
-def test_activation_checkpointing_changes_no_gradient(shape, mode):
+@pytest.mark.parametrize("which", [True, "selective"])
+def test_activation_checkpointing_changes_no_gradient(shape, mode, which):
     model = tiny_model(**shape, dropout=0.3, moe={"jitter": 0.3, "capacity_mode": mode}).train()
     arguments = tokens(4, 5), tokens(4, 3, seed=1)
     options = {"noise": Noise(1, 2, torch.arange(4))}
     plain = gradients(model, *arguments, **options)
-    model.set_activation_checkpointing(True)
+    model.set_activation_checkpointing(which)
     recomputed = gradients(model, *arguments, **options)
     for name, grad in plain.items():
         assert torch.equal(grad, recomputed[name]), name
@@ -228,6 +231,36 @@ def test_activation_checkpointing_recomputes_every_block():
         model.set_activation_checkpointing(enabled)
         gradients(model, tokens(2, 5), tokens(2, 3))
         assert len(calls) == 6 * times
+
+
+class Operations(TorchDispatchMode):
+    """Counts what runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_selective_checkpointing_makes_again_what_is_cheap_and_no_product_with_a_weight():
+    model = tiny_model(dropout=0.3).train()
+    options = {"noise": Noise(1, 2, torch.arange(4))}
+    calls = {}
+    for which in (False, "selective", True):
+        model.set_activation_checkpointing(which)
+        output = loss(model(tokens(4, 5), tokens(4, 3, seed=1), **options))
+        with Operations() as counted:
+            output.backward()
+        calls[which] = counted.calls
+    for product in ("aten.mm.default", "megaswitch.grouped_product.default"):
+        assert calls["selective"][product] == calls[False][product], product
+        assert calls[True][product] > calls[False][product], product
+    for cheap in ("aten._softmax.default", "aten.relu.default", "aten.rsqrt.default"):
+        assert calls[False][cheap] == 0, cheap
+        assert calls["selective"][cheap] == calls[True][cheap] > 0, cheap
 
 
 @shapes

@@ -36,6 +36,7 @@ def test_remedies_are_those_that_are_left():
     alone = Mesh(0, 1, torch.device("cpu"), None)
     plain = TrainingMemory(config("--train.micro_batch_size=8"), alone).remedies()
     assert plain == [
+        "train.activation_checkpointing='selective' (recomputes what is cheap)",
         "train.activation_checkpointing=true (about a third more work)",
         "train.micro_batch_size=4 instead of 8",
         "train.precision='bf16'",
