@@ -6,21 +6,24 @@ import dataclasses
 import math
 import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
-from megaswitch.config import ParallelConfig, RunConfig
+from megaswitch.config import ParallelConfig, RunConfig, load_config, to_toml
+from megaswitch.presets import PRESETS
 from megaswitch.rules import check
 from megaswitch.scale.estimate import Estimate, estimate
 from megaswitch.scale.hardware import Hardware
 from megaswitch.scale.profile import Profile, profile, smallest_micro_batch
+from megaswitch.scale.routing import shares, simulate_routing
 from megaswitch.train.placement import row_lengths
 
 _ZERO: tuple[Literal["none", "optimizer", "full"], ...] = ("none", "optimizer", "full")
 _STAGES = 16  # most pipeline ranks that are tried
 _MICRO_BATCHES = (1, 2, 4, 8)  # multiples of the smallest that are tried
+_DRAWN = 4  # layers whose routing is drawn
 _DAY = 86400.0
 
 
@@ -45,7 +48,29 @@ class Plan:
     remedies: list[str] = field(default_factory=list)
 
 
-def search(config: RunConfig, world: int, hardware: Hardware, *, keep: int = 5) -> Plan:
+def preset_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """A preset in bf16 with batches of 2048 sequences, as the paper's.
+
+    Args:
+        name: of `presets.PRESETS`.
+        overrides: such as "--train.batch_size=8192".
+    """
+    table = PRESETS[name].get("moe", {})
+    rows = max(1, table.get("group_size", 512) // 512)
+    words = ("--train.precision=bf16", "--train.batch_size=2048")
+    preset = (f"--model.preset={name}", f"--train.micro_batch_size={rows}", *words)
+    return load_config(None, (*preset, *overrides))
+
+
+def search(
+    config: RunConfig,
+    world: int,
+    hardware: Hardware,
+    *,
+    keep: int = 5,
+    routing: str = "uniform",
+    profiles: Callable[[int, bool], Profile] | None = None,
+) -> Plan:
     """Try layouts of `config`, whose own layout counts for nothing but its other options.
 
     What changes results is left as it is: model, batch, precision, optimizer.
@@ -55,9 +80,12 @@ def search(config: RunConfig, world: int, hardware: Hardware, *, keep: int = 5) 
         world: ranks.
         hardware: of each.
         keep: how many of the best.
+        routing: how tokens spread over experts; see `routing.shares`.
+        profiles: of an earlier search with the same model; None: make them. See `profiles_of`.
     """
     lengths = row_lengths(config)
-    profiles = _profiles(config, lengths)
+    profiles = profiles or profiles_of(config, hardware)
+    busiest = _busiest(config, lengths, routing)
     plan = Plan(hardware, world)
     found: list[Estimate] = []
     for candidate in _candidates(config, world, hardware, lengths):
@@ -65,7 +93,8 @@ def search(config: RunConfig, world: int, hardware: Hardware, *, keep: int = 5) 
         if problems:
             plan.rejected[_rule(problems[0])] += 1
             continue
-        one = estimate(candidate, world, lengths, profiles, hardware)
+        uneven = busiest(candidate.parallel.ep)
+        one = estimate(candidate, world, lengths, profiles, hardware, uneven)
         if one.memory.total > hardware.memory:
             plan.rejected["needs more memory than a GPU has"] += 1
             least = plan.smallest
@@ -81,10 +110,33 @@ def search(config: RunConfig, world: int, hardware: Hardware, *, keep: int = 5) 
     return plan
 
 
-def _profiles(config: RunConfig, lengths: tuple[int, int]) -> Any:
+def profiles_of(config: RunConfig, hardware: Hardware) -> Callable[[int, bool], Profile]:
+    """Profiles by `tp` and whether experts lie on several ranks, each made when it is needed."""
+    lengths = row_lengths(config)
+
     @cache
     def of(tp: int, exchanges: bool) -> Profile:
-        return profile(config, lengths, tp, exchanges)
+        return profile(config, lengths, tp, exchanges, hardware.device)
+
+    return of
+
+
+def _busiest(config: RunConfig, lengths: tuple[int, int], routing: str) -> Any:
+    """By expert-parallel ranks: by stack, the rows of the busiest by an even share.
+
+    Ranks wait for each other in every micro-batch, so a micro-batch of all of them is drawn.
+    """
+    if routing != "uniform":
+        shares(routing, config.model.moe.num_experts)  # complains if it makes no sense
+
+    @cache
+    def of(ep: int) -> dict[str, float]:
+        if routing == "uniform" or ep == 1:
+            return {}
+        train = replace(config.train, batch_size=ep * config.train.micro_batch_size)
+        one = replace(config, train=train, parallel=replace(config.parallel, ep=ep))
+        loads = simulate_routing(one, routing, lengths, most_layers=_DRAWN)
+        return {stack: load.busiest_rank for stack, load in loads.items()}
 
     return of
 
@@ -169,7 +221,7 @@ def _remedies(config: RunConfig, world: int, hardware: Hardware, plan: Plan) -> 
 def _first_fit(
     config: RunConfig, world: int, hardware: Hardware, lengths: tuple[int, int]
 ) -> Estimate | None:
-    profiles = _profiles(config, lengths)
+    profiles = profiles_of(config, hardware)
     for candidate in _candidates(config, world, hardware, lengths):
         if not check(candidate, world):
             one = estimate(candidate, world, lengths, profiles, hardware)
@@ -223,12 +275,22 @@ def _row(one: Estimate, tokens: float, hardware: Hardware) -> dict[str, Any]:
         "activation_checkpointing": train.activation_checkpointing,
         "memory": {**vars(one.memory), "total": one.memory.total},
         "seconds": {**vars(one.seconds), "total": one.seconds.total},
+        "checkpoint": vars(one.checkpoint),
         "tokens_per_second": one.tokens_per_second,
         "mfu": one.mfu,
         "days": smooth,
         "days_with_failures": real,
         "dollars": real * 24 * one.world * hardware.dollars_per_hour,
     }
+
+
+def planned_toml(one: Estimate, hardware: Hardware) -> str:
+    """The configuration that runs a plan, and what is expected of it."""
+    memory, seconds = one.memory.total / 1e9, one.seconds.total
+    return (
+        f"# Planned for {one.world} ranks of {hardware.name}: {memory:.1f} GB of each, "
+        f"{seconds:.3g} s a step.\n{to_toml(one.config)}"
+    )
 
 
 def sbatch(one: Estimate, hardware: Hardware, config_file: str) -> str:

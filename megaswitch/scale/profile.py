@@ -1,7 +1,7 @@
 """What a block of each kind costs, by rehearsal of a model that has one of each.
 
-Costs grow with the rows of a micro-batch, and depend on a layout by `tp` and by whether experts lie
-on other ranks; a plan puts those of any number of blocks together.
+Bytes and FLOPs grow with the rows of a micro-batch, and depend on a layout by `tp` and by whether
+experts lie on other ranks; a plan puts those of any number of blocks together.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from megaswitch.layers.linear import GroupedLinear, Linear
 from megaswitch.model.blocks import Block
 from megaswitch.model.moe import SwitchFFN
 from megaswitch.model.switch_transformer import rows_per_group
+from megaswitch.optim.build import build_optimizer, clip_gradients
 from megaswitch.parallel.absent import absent_peers
 from megaswitch.parallel.mesh import Mesh
-from megaswitch.scale.recorder import Recorder
+from megaswitch.scale.recorder import Recorder, Work
 from megaswitch.scale.rehearsal import Rehearsal
 from megaswitch.train.objectives import BatchSize, MicroBatch, forward, training_loss
 from megaswitch.train.parts import Parts
@@ -34,17 +35,19 @@ Traffic = dict[tuple[str, str], float]
 
 @dataclass
 class Cost:
-    """Of one row's forward pass.
+    """Of one row's forward pass; operations and calls do not grow with rows.
 
     Attributes:
         kept: bytes that wait for the backward pass, without weights cast to bf16.
-        flops: floating-point operations.
+        work: of the device.
         traffic: bytes of collectives.
+        calls: collectives by axis.
     """
 
     kept: float = 0.0
-    flops: float = 0.0
+    work: Work = field(default_factory=Work)
     traffic: Traffic = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -56,11 +59,15 @@ class Profile:
         ends: embedding, head, loss.
         work: bytes that the backward pass takes beyond what was kept, at most, but for those of the
             largest weight's gradient.
+        backward: what the backward pass does, each number by that of the forward pass.
+        update: of the optimizer and the gradient norm: bytes moved by weight, operations by tensor.
     """
 
     blocks: dict[Kind, Cost]
     ends: Cost
     work: float
+    backward: Work
+    update: Work
 
 
 def smallest_micro_batch(config: RunConfig, lengths: tuple[int, int], tp: int) -> int:
@@ -73,10 +80,15 @@ def smallest_micro_batch(config: RunConfig, lengths: tuple[int, int], tp: int) -
     return unit
 
 
+# Bytes moved for each weight and pass, forward and backward, whatever the rows: casts to bf16 and
+# of its gradient back, and the gradient's addition to the sum. By whether that is in bf16.
+PER_WEIGHT = {False: (0.0, 12.0), True: (6.0, 18.0)}
 _ROWS = 8  # at least, so that what does not grow with them hardly counts
 
 
-def profile(config: RunConfig, lengths: tuple[int, int], tp: int, exchanges: bool) -> Profile:
+def profile(
+    config: RunConfig, lengths: tuple[int, int], tp: int, exchanges: bool, device: str = "cuda"
+) -> Profile:
     """Rehearse a model of one block of each kind.
 
     Args:
@@ -84,6 +96,7 @@ def profile(config: RunConfig, lengths: tuple[int, int], tp: int, exchanges: boo
         lengths: of encoder and decoder rows.
         tp: tensor-parallel ranks.
         exchanges: whether experts lie on several ranks.
+        device: whose kernels: "cpu" or "cuda".
     """
     model = config.model
     steps = model.moe.encoder_sparse_step, model.moe.decoder_sparse_step
@@ -104,7 +117,7 @@ def profile(config: RunConfig, lengths: tuple[int, int], tp: int, exchanges: boo
         ),
         parallel=ParallelConfig(tp=tp, ep=ep, sequence_parallel=config.parallel.sequence_parallel),
     )
-    with absent_peers(tp * ep, 0), rehearse("cuda"):
+    with absent_peers(tp * ep, 0), rehearse(device):
         rehearsal = Rehearsal(small, Mesh.over_ranks(torch.device("cpu"), small.parallel))
         with rehearsal.prepared() as (parts, _, micro):
             return _measure(rehearsal, parts, micro, rows)
@@ -121,7 +134,7 @@ def _measure(rehearsal: Rehearsal, parts: Parts, micro: MicroBatch, rows: int) -
         meter = _Meter(recorder, cast_bytes(block) if bf16 else 0)
         block.register_forward_pre_hook(meter.start)
         block.register_forward_hook(partial(meter.stop, seen, spent))
-    work = 0.0
+    work, backward = 0.0, Work()
     ends = Cost()
     for _ in range(2):  # the second time, gradients are there to be added to
         seen.clear()
@@ -134,19 +147,20 @@ def _measure(rehearsal: Rehearsal, parts: Parts, micro: MicroBatch, rows: int) -
         loss, _ = training_loss(output, micro.batch, BatchSize(rows, 1), rehearsal.config, tp)
         assert loss is not None
         total = whole.cost()
-        casts = 2 * sum(w.local.numel() for n, w in parts.weights.items() if _is_head(n, parts))
+        head = (w for name, w in parts.weights.items() if _is_head(name, parts))
+        casts = bf16 * (sum(2 * w.local.numel() for w in head) + sum(map(cast_bytes, blocks)))
+        total.work -= Work(moved=3 * casts)
         del output
-        start = recorder.memory.live
+        start, done = recorder.memory.live, recorder.work
         recorder.memory.reset_peak()
         loss.backward()
         work = recorder.memory.peak - start
+        numbers = sum(w.local.numel() for w in parts.weights.values())
+        backward = recorder.work - done - Work(moved=PER_WEIGHT[bf16][1] * numbers)
+        backward = _ratio(backward, total.work)
         del loss
-        ends = Cost(
-            total.kept - sum(c.kept for c in spent) - (casts if bf16 else 0)
-            - sum(cast_bytes(b) for b in blocks) * bf16,
-            total.flops - sum(c.flops for c in spent),
-            _minus(total.traffic, spent),
-        )  # fmt: skip
+        ends = _minus(total, spent)
+        ends.kept -= casts
     # A gradient in bf16 and once more in fp32, until it is added to the sum.
     largest = 6 * max(w.local.numel() for w in parts.weights.values())
     scores = 8 * rows * rehearsal.lengths[1] * model.config.vocab_size / model.tp.size
@@ -154,7 +168,32 @@ def _measure(rehearsal: Rehearsal, parts: Parts, micro: MicroBatch, rows: int) -
         {kind: _by_row(cost, rows) for kind, cost in seen.items()},
         _by_row(ends, rows),
         (work if work > 1.05 * largest else scores) / rows,
+        backward,
+        _update(rehearsal, parts),
     )
+
+
+def _update(rehearsal: Rehearsal, parts: Parts) -> Work:
+    """Of gradients that are there; the second time, so that the optimizer's states are there, too.
+
+    See `Profile.update` for the units.
+    """
+    config = rehearsal.config.optim
+    optimizer = build_optimizer(parts.parameters(), config)
+    parts.gradients.finish()
+    work = Work()
+    for _ in range(2):
+        before = rehearsal.recorder.work
+        clip_gradients(parts.parameters(), config.clip_grad_norm, rehearsal.mesh)
+        optimizer.step()
+        work = rehearsal.recorder.work - before
+    numbers = [w.local.numel() for w in parts.weights.values()]
+    return Work(moved=work.moved / sum(numbers), operations=work.operations / len(numbers))
+
+
+def _ratio(work: Work, by: Work) -> Work:
+    moved = max(0.0, work.moved) / by.moved
+    return Work(work.flops / by.flops, moved, work.operations / by.operations)
 
 
 def _is_head(name: str, parts: Parts) -> bool:
@@ -180,16 +219,20 @@ class _Meter:
 
     def start(self, *_: Any) -> None:
         recorder = self.recorder
-        self._before = recorder.memory.live, recorder.flops, Counter(recorder.collectives)
+        self._before = recorder.memory.live, recorder.work, Counter(recorder.collectives)
 
     def cost(self) -> Cost:
-        live, flops, collectives = self._before
+        live, work, collectives = self._before
         traffic: Traffic = {}
-        for kind, calls in (Counter(self.recorder.collectives) - collectives).items():
+        calls: Counter[str] = Counter()
+        for kind, number in (Counter(self.recorder.collectives) - collectives).items():
             key = kind.operation, kind.axis
-            traffic[key] = traffic.get(key, 0.0) + calls * kind.size
+            traffic[key] = traffic.get(key, 0.0) + number * kind.size
+            calls[kind.axis] += number
         kept = self.recorder.memory.live - live - self.casts
-        return Cost(kept, self.recorder.flops - flops, traffic)
+        # `PER_WEIGHT` has what casts move, of which `casts` is a third.
+        spent = self.recorder.work - work - Work(moved=3 * self.casts)
+        return Cost(kept, spent, traffic, calls)
 
     def stop(self, seen: dict[Kind, Cost], spent: list[Cost], block: Block, *_: Any) -> None:
         cost = self.cost()
@@ -198,12 +241,17 @@ class _Meter:
         seen[stack, isinstance(block.ffn, SwitchFFN)] = cost
 
 
-def _minus(total: Traffic, parts: list[Cost]) -> Traffic:
-    return {
-        key: size - sum(part.traffic.get(key, 0.0) for part in parts) for key, size in total.items()
-    }
+def _minus(total: Cost, parts: list[Cost]) -> Cost:
+    traffic, calls = dict(total.traffic), Counter(total.calls)
+    for part in parts:
+        for key, size in part.traffic.items():
+            traffic[key] -= size
+        calls -= part.calls
+    work = total.work - sum((part.work for part in parts), Work())
+    return Cost(total.kept - sum(part.kept for part in parts), work, traffic, calls)
 
 
 def _by_row(cost: Cost, rows: int) -> Cost:
     traffic = {key: size / rows for key, size in cost.traffic.items()}
-    return Cost(cost.kept / rows, cost.flops / rows, traffic)
+    work = Work(cost.work.flops / rows, cost.work.moved / rows, cost.work.operations)
+    return Cost(cost.kept / rows, work, traffic, cost.calls)

@@ -8,12 +8,12 @@ import pytest
 
 from megaswitch.config import from_toml, model_config
 from megaswitch.log import UserError
-from megaswitch.model.count import meta_model
+from megaswitch.model.count import count, meta_model
 from megaswitch.model.stages import keep_only, plan_stages
 from megaswitch.rules import check
 from megaswitch.scale.estimate import estimate
 from megaswitch.scale.hardware import known, load_hardware
-from megaswitch.scale.plan import sbatch, search
+from megaswitch.scale.plan import profiles_of, sbatch, search
 from megaswitch.scale.profile import profile
 from megaswitch.scale.rehearsal import rehearse_rank
 from megaswitch.scale.sizes import of_stage
@@ -76,6 +76,44 @@ def test_plans_keep_the_rules_and_fit(plan):
     times = [one.seconds.total for one in plan.best]
     assert times == sorted(times)
     assert plan.rejected["fits, but is slower"] > 0
+
+
+def test_uneven_experts_cost_time_and_without_capacity_memory():
+    config = from_toml(f"{BASE}batch_size = 64\n[parallel]\nep = 4")
+    lengths = row_lengths(config)
+    profiles = profiles_of(config, H100)
+    uneven = {"encoder": 2.0, "decoder": 1.5}
+    dropless = replace(config.model, moe=replace(config.model.moe, capacity_mode="dropless"))
+    for model, grows in ((config.model, False), (dropless, True)):
+        run = replace(config, model=model)
+        even, other = (estimate(run, 4, lengths, profiles, H100, b) for b in ({}, uneven))
+        assert even.seconds.imbalance == 0
+        # 8 rows of 512 and 114 tokens go through one Switch layer of each stack, there and back.
+        flops = 3 * 4 * 128 * 512 * 8 * 2 * (512 * 1.0 + 114 * 0.5)
+        expected = flops / (H100.bf16_flops * H100.matmul_efficiency)
+        assert other.seconds.imbalance == pytest.approx(expected)
+        assert (other.memory.activations > even.memory.activations) == grows
+        assert other.seconds.total > even.seconds.total
+
+
+def test_a_search_counts_how_uneven_experts_are():
+    config = from_toml(f"{BASE}batch_size = 64")
+    even, uneven = (search(config, 4, H100, routing=r) for r in ("uniform", "zipf:1.0"))
+    assert all(one.seconds.imbalance == 0 for one in even.best)
+    assert any(one.seconds.imbalance > 0 for one in uneven.best if one.config.parallel.ep > 1)
+    with pytest.raises(UserError, match="readable JSON"):
+        search(config, 4, H100, routing="no such file")
+
+
+def test_a_checkpoint_is_all_weights_and_states_once():
+    world, config = CASES["pp"]
+    lengths, profiles = row_lengths(config), profiles_of(config, H100)
+    saved = estimate(config, world, lengths, profiles, H100).checkpoint
+    numbers = count(config.model).total_parameters
+    assert 4 * numbers < saved.size < 4.4 * numbers  # Adafactor's states are small
+    assert saved.write == pytest.approx(saved.copy * H100.host_bandwidth / H100.disk_bandwidth)
+    # Two pipeline ranks, experts divided by two: each writes about a third of all.
+    assert saved.size / 4 < saved.write * H100.disk_bandwidth < saved.size / 2
 
 
 def test_the_job_starts_all_ranks(plan):
