@@ -42,10 +42,6 @@ class FaultConfig:
         default=None, gt=0, description="steps between comparisons of the weights that several "
         "ranks hold, also made before every checkpoint; unset: never"
     )  # fmt: skip
-    straggler: float = Field(
-        default=2.0, gt=1, description="a rank that is busy so many times as long as the median "
-        "of the others is reported"
-    )  # fmt: skip
     stop_seconds: int | None = Field(
         default=None, gt=0, description="seconds from SIGTERM, SIGINT or SIGUSR1 until the run has "
         "saved and ended; if it has not by then it ends without; unset: no limit"

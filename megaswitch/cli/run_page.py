@@ -36,7 +36,6 @@ _CHARTS = (
     ("Learning rate", (("rate", "learning_rate"),)),
     ("Dropped tokens", (("all layers", "dropped_fraction"),)),
     ("Busiest expert ÷ an even share", (("mean over layers", "load_imbalance"),)),
-    ("Time that ranks wait for others", (("mean over ranks", "waiting_fraction"),)),
 )  # fmt: skip
 _GOOD = ("resumed", "checkpoint")
 _MOMENTS = 24  # rows of a layer's history

@@ -77,8 +77,6 @@ def _summary(view: RunView) -> Table:
     grid.add_row("trained by", view.holder or "nobody")
     if speeds:
         grid.add_row("speed", f"{speeds[-1][1]:,.0f} tokens/s" + _mfu(view))
-    if waiting := view.series("waiting_fraction"):
-        grid.add_row("ranks wait", f"{waiting[-1][1]:.0%} of the time")
     if view.checkpoints:
         step, age = view.checkpoints[-1]
         grid.add_row("checkpoint", f"step {step:,}, {duration(age)} ago")

@@ -57,13 +57,6 @@ def wait_for(work: dist.Work, collective: str, axis: Axis) -> None:
     work.wait()
 
 
-def waits_now(threads: Iterable[int]) -> bool:
-    """Whether training waits in a collective; `threads` are those that do not train."""
-    frames, others = sys._current_frames(), set(threads)
-    stacks = (_stack(frame) for ident, frame in frames.items() if ident not in others)
-    return any(_collective(stack) is not None for stack in stacks)
-
-
 def place_of_error(error: BaseException, mesh: Mesh) -> Place:
     """Where `error` was raised."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]

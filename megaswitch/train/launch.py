@@ -47,10 +47,10 @@ def launch(config: RunConfig, *, profile: bool = False) -> bool:
     run_dir = Path(config.train.run_dir)
     memory = TrainingMemory(config, mesh, run_dir / "profile" if profile else None)
     with watch(mesh, config.parallel.timeout, run_dir) as watchdog, memory.explained():
-        _compare_clocks(mesh, run_dir)
+        trainer = Trainer.build(config, mesh)  # before anything is written: it may refuse
         run_dir.mkdir(parents=True, exist_ok=True)
         write_environment(run_dir, mesh)
-        trainer = Trainer.build(config, mesh)
+        _compare_clocks(mesh, run_dir)
         memory.holds(trainer.parts, trainer.optimizer)
         if profile:
             with StepProfile(run_dir, mesh).running() as after_step:

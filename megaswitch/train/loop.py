@@ -10,7 +10,6 @@ from megaswitch.log import info
 from megaswitch.model.count import count
 from megaswitch.optim.schedule import learning_rate
 from megaswitch.parallel.replicas import Replicas, describe
-from megaswitch.parallel.stragglers import WaitMeter
 from megaswitch.parallel.watchdog import Watchdog
 from megaswitch.train.display import Display
 from megaswitch.train.interrupt import Interrupt
@@ -35,7 +34,6 @@ class Loop:
         config, mesh = trainer.config, trainer.mesh
         self.trainer, self.watchdog, self.profile = trainer, watchdog, profile
         self.meters = Meters(config, mesh, trainer.loader.source_names, trainer.distillation)
-        self.waits = WaitMeter(mesh, config.fault.straggler)
         every = config.fault.replica_interval
         self.replicas = Replicas(trainer.parts.weights, mesh) if every else None
         self.display = Display(config, mesh, count(config.model).total_parameters)
@@ -48,7 +46,7 @@ class Loop:
         trainer, steps = self.trainer, self.trainer.config.train.steps
         if trainer.state.step >= steps:
             info(f"nothing to do: the run is at step {trainer.state.step} of {steps}")
-        with trainer.closing(), self.interrupt, self.display, self.waits.running():
+        with trainer.closing(), self.interrupt, self.display:
             while trainer.state.step < steps:
                 step = self._step()
                 pause = time.perf_counter()
@@ -76,8 +74,7 @@ class Loop:
         logged = number % train.log_interval == 0 or number == train.steps
         rate = learning_rate(trainer.state.step, trainer.config.optim, train.steps)
         self.meters.begin(routing=logged)
-        with self.waits.counting():
-            step = trainer.step(rate, self.meters, self.interrupt.asked)
+        step = trainer.step(rate, self.meters, self.interrupt.asked)
         self.profile()
         if logged and step.verdict not in ("rewind", "stop"):
             self._log(step, rate)
@@ -137,17 +134,12 @@ class Loop:
             if step.verdict != "skip":
                 metrics["grad_norm"] = step.norm
             metrics |= trainer.speed(trainer.state.samples - self.since, elapsed)
-            waiting, straggler = self.waits.summary()
-            metrics |= waiting
             if trainer.state.bad_steps:
                 metrics["skipped_steps"] = trainer.state.bad_steps
             if trainer.log:
                 metrics |= trainer.loader.counters(trainer.state.samples)
             trainer.write(metrics, self.meters.loads)
             self.display.step(trainer.state.step, metrics)
-            if straggler:
-                trainer.event("straggler", **vars(straggler))
-                self.display.note(f"warning: {straggler}")
         self._restart_clock()
 
     def _restart_clock(self) -> None:

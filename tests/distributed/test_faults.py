@@ -179,7 +179,7 @@ def test_a_rank_that_sleeps_is_named_and_leaves_a_record(start, tmp_path):
     assert ranks.wait() == [1, 1]
     assert time.monotonic() - began < TIMEOUT + ANSWERS
     (message,) = re.findall("^error: the job ends: (.*)$", ranks.words(), re.MULTILINE)
-    assert "rank 1 is in inject.<locals>.backward" in message or "rank 1 is in test_" in message
+    assert "rank 1 is in Trainer.step" in message  # which called what sleeps
     assert re.search(r"rank 0 waits in all_reduce over (dp|world) at step 6", message)
     assert f"Stacks and collectives of each rank: {run / 'flight'}" in message
     records = [json.loads((run / "flight" / f"rank_0000{r}.json").read_text()) for r in (0, 1)]
@@ -193,24 +193,6 @@ def test_a_rank_that_sleeps_is_named_and_leaves_a_record(start, tmp_path):
 
 def _main(record: dict) -> str:
     return next(name for name in record["threads"] if name.startswith("MainThread"))
-
-
-def test_a_slow_rank_is_named(start, tmp_path):
-    def inject(rank):
-        plain = Runner.backward
-
-        def backward(self, micro, whole, record):
-            time.sleep(0.4 * (rank == 1))
-            return plain(self, micro, whole, record)
-
-        Runner.backward = backward
-
-    ranks = start(2, inject)
-    assert ranks.wait() == [0, 0], ranks.words()
-    found = events(tmp_path / "run", "straggler")
-    assert found, ranks.words()
-    assert {event["rank"] for event in found} == {1}
-    assert "rank 1 is slow: it is busy for" in ranks.words()
 
 
 def test_a_wrong_clock_is_named(start, tmp_path):
@@ -255,6 +237,7 @@ def test_a_run_that_cannot_save_in_time_ends_without(start, tmp_path):
     assert "no checkpoint within fault.stop_seconds=1 of the signal" in ranks.words()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sizes", [(2, 1), (2, 4)])
 def test_a_run_goes_on_with_half_and_with_double_the_ranks(start, tmp_path, sizes):
     from tests.distributed.chaos import record_samples, samples_by_step

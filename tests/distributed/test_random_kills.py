@@ -152,7 +152,7 @@ def during_preprocessing(run: Run, samples: Injection) -> str:
     folder = run.folder / f"texts{run.starts}"
     folder.mkdir(exist_ok=True)
     (folder / "texts.jsonl").write_bytes((run.texts / "texts.jsonl").read_bytes() * 5)
-    kills = 0
+    kills, duration = 0, 0.0
     for name in ("whole", "killed"):
         spool_folder = folder / f"{name}.spool"
         while not (folder / f"{name}.idx").exists():
@@ -160,13 +160,15 @@ def during_preprocessing(run: Run, samples: Injection) -> str:
                 target=_preprocess, args=(folder, name, run.texts / "spm.model")
             )
             process.start()
+            while process.is_alive() and not spool_folder.exists():
+                time.sleep(0.001)
+            start = time.monotonic()
             if name == "killed" and kills < 3:
-                while process.is_alive() and not spool_folder.exists():
-                    time.sleep(0.001)
-                time.sleep(run.chance.uniform(0.0, 0.1))
+                time.sleep(run.chance.uniform(0.0, duration / 2))
                 kills += process.is_alive()
                 process.kill()
             process.join()
+            duration = duration or time.monotonic() - start
     assert kills
     for suffix in (".bin", ".idx"):
         whole, killed = ((folder / f"{n}{suffix}").read_bytes() for n in ("whole", "killed"))

@@ -576,7 +576,7 @@ def die_while_writing(folder: Path, moment: str, victims: tuple[int, ...]) -> No
         case "before the rename":
             module.Path.rename = die
         case "after the rename":
-            module.checkpoints = die
+            module.keep_only = die
     manager.save(CONFIG, TrainState(2, 2, ""), weights, optimizer)
     manager.wait()
 

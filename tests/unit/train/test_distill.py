@@ -223,7 +223,7 @@ def test_all_that_is_wrong_with_a_teacher_is_said_at_once(student, teacher):
     assert f"of distill.teacher={teacher}: train.micro_batch_size=1 must be a multiple" in text
     with pytest.raises(UserError, match="neither a checkpoint nor a run folder"):
         check_teacher(load_config(None, [*student, "--distill.teacher=nowhere"]), 1)
-    spread = [*student, "--parallel.ep=3", "--train.batch_size=12"]
+    spread = [*student, "--parallel.ep=3", "--train.batch_size=24"]
     with pytest.raises(ConfigError, match=r"ep=3 must divide model\.moe\.num_experts=4"):
         check_teacher(load_config(None, spread, world_size=3), 3)
 
