@@ -26,13 +26,32 @@ class Estimate:
     mfu: float
 
 
+Profiles = Callable[[int, bool], Profile]  # by `tp` and whether experts lie on several ranks
+
+
+def fullest(
+    config: RunConfig,
+    world: int,
+    lengths: tuple[int, int],
+    profile_of: Profiles,
+    hardware: Hardware,
+    busiest: Mapping[str, float] | None = None,
+) -> Memory:
+    """Of the pipeline rank that needs most; see `estimate`."""
+    held = Holdings(config, world, lengths, hardware)
+    profile = profile_of(config.parallel.tp, config.parallel.ep > 1)
+    ranks = (held.memory(r, profile, busiest or {}) for r in range(held.pp))
+    return max(ranks, key=lambda memory: memory.total)
+
+
 def estimate(
     config: RunConfig,
     world: int,
     lengths: tuple[int, int],
-    profile_of: Callable[[int, bool], Profile],
+    profile_of: Profiles,
     hardware: Hardware,
     busiest: Mapping[str, float] | None = None,
+    memory: Memory | None = None,
 ) -> Estimate:
     """Of a configuration that fits `world` ranks.
 
@@ -43,13 +62,11 @@ def estimate(
         profile_of: of `tp` and whether experts lie on several ranks.
         hardware: of each rank.
         busiest: by stack, rows of the busiest expert-parallel rank by an even share; None: even.
+        memory: as `fullest` says, if it is known.
     """
-    held = Holdings(config, world, lengths, hardware)
     times = Times(config, world, lengths, hardware)
     profile = profile_of(config.parallel.tp, config.parallel.ep > 1)
-    memory = max(
-        (held.memory(r, profile, busiest or {}) for r in range(held.pp)), key=lambda m: m.total
-    )
+    memory = memory or fullest(config, world, lengths, profile_of, hardware, busiest)
     seconds = times.seconds(profile, busiest or {})
     rows = config.train.batch_size
     flops = 3 * count_flops(config.model, lengths) * rows
@@ -60,5 +77,5 @@ def estimate(
         seconds,
         times.checkpoint(),
         rows * sum(lengths) / seconds.total,
-        flops / seconds.total / (world * hardware.flops(bf16=held.bf16)),
+        flops / seconds.total / (world * hardware.flops(bf16=times.bf16)),
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 from megaswitch.config import RunConfig
-from megaswitch.model.stages import plan_stages
+from megaswitch.model.stages import Stage, plan_stages
 from megaswitch.scale.hardware import Hardware
-from megaswitch.scale.sizes import Sized, balanced, of_stage
+from megaswitch.scale.sizes import Held, Sized, balanced, held_by
 
 
 class Layout:
@@ -36,25 +37,38 @@ class Layout:
         counts = parallel.layers_per_stage or balanced(config.model, number, lengths)
         self.stages = plan_stages(counts if self.pp > 1 else [sum(counts)])
         self.bf16 = config.train.precision == "bf16"
+        self.length_of = dict(zip(("encoder", "decoder"), lengths, strict=True))
         self.word = 2 if self.bf16 else 4
+        self._sums: dict[tuple[str, int], float] = {}
 
-    def held(self, rank: int) -> list[Sized]:
+    def own(self, rank: int) -> tuple[Stage, ...]:
+        """Stages of a pipeline rank."""
+        return tuple(s for s in self.stages if s.index % self.pp == rank)
+
+    def held(self, rank: int) -> Held:
         """Parameters of a pipeline rank, each once."""
-        own = [s for s in self.stages if s.index % self.pp == rank]
-        return list({p.name: p for s in own for p in of_stage(self.config.model, s)}.values())
+        return held_by(self.config.model, self.own(rank))
 
-    def kind(self, block: int) -> tuple[str, bool]:
-        """Stack of a block, and whether it is sparse."""
-        model = self.config.model
-        encoder = block < model.num_encoder_layers
-        index = block if encoder else block - model.num_encoder_layers
-        stack = "encoder" if encoder else "decoder"
-        return stack, model.is_sparse(stack, index)  # type: ignore[arg-type]
+    def total(self, size: Callable[[Sized], float], held: Held) -> float:
+        """Of all parameters, each with its `size`, a method of this class."""
+        blocks = (a.number * self._sum(size, a.parameters) for a in held.blocks)
+        return sum(blocks) + self._sum(size, held.ends)
+
+    def _sum(self, size: Callable[[Sized], float], parameters: tuple[Sized, ...]) -> float:
+        """Remembered, as ranks share sorts of blocks, which `sizes` keeps alive."""
+        key = size.__name__, id(parameters)
+        if key not in self._sums:
+            self._sums[key] = sum(map(size, parameters))
+        return self._sums[key]
 
     def sliced(self, p: Sized) -> float:
         """Numbers of a rank's slice over ep and tp."""
         slices = (self.ep if p.spec.is_expert else 1) * (self.tp if "tp" in p.spec.axes else 1)
         return math.prod(p.shape) / slices
+
+    def sharded(self, p: Sized) -> float:
+        """Numbers that a rank keeps between steps."""
+        return self.sliced(p) / self.shards_of(p)
 
     def shards_of(self, p: Sized) -> int:
         """Parts that ZeRO cuts a slice into; see `parts._shard`."""
@@ -73,6 +87,20 @@ class Layout:
             sizes = list(p.shape) if whole else self._local_shape(p)
             return 4.0 * math.prod(sizes[:-2]) * (sizes[-2] + sizes[-1])
         return 4.0 * local
+
+    def rows_beyond(self, held: Held, busiest: Mapping[str, float]) -> float:
+        """Tokens of a micro-batch that the busiest rank's experts get beyond an even share.
+
+        Args:
+            held: blocks.
+            busiest: by stack, rows of the busiest expert-parallel rank by an even share.
+        """
+        return sum(
+            a.number * (busiest.get(stack, 1.0) - 1.0) * self.rows * self.length_of[stack]
+            for a in held.blocks
+            for stack, sparse in [a.kind]
+            if sparse
+        )
 
     def _local_shape(self, p: Sized) -> list[float]:
         """Of a rank's block; ZeRO cuts the first dimension that divides evenly."""

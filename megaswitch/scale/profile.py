@@ -25,10 +25,10 @@ from megaswitch.parallel.absent import absent_peers
 from megaswitch.parallel.mesh import Mesh
 from megaswitch.scale.recorder import Recorder, Work
 from megaswitch.scale.rehearsal import Rehearsal
+from megaswitch.scale.sizes import Kind
 from megaswitch.train.objectives import BatchSize, MicroBatch, forward, training_loss
 from megaswitch.train.parts import Parts
 
-Kind = tuple[str, bool]  # stack, and whether it is sparse
 # Bytes by (operation, axis), as `parallel/README.md` counts them.
 Traffic = dict[tuple[str, str], float]
 

@@ -10,7 +10,7 @@ from megaswitch.model.stages import Stage
 from megaswitch.scale.layout import Layout
 from megaswitch.scale.profile import PER_WEIGHT, Cost, Profile
 from megaswitch.scale.recorder import Work
-from megaswitch.scale.sizes import Sized, of_stage, parameters
+from megaswitch.scale.sizes import Held, Sized, held_by
 
 _BUCKET = 32 << 20  # bytes of gradients that are summed in one call, as in `parallel.gradients`
 
@@ -80,10 +80,11 @@ class Times(Layout):
         one = max(own, key=lambda m: m.total)
         zero_bubble = parallel.schedule == "zero-bubble"
         bubble = (self.pp - 1) / parallel.stages_per_rank * one.total
-        held = max(map(self.held, range(self.pp)), key=lambda ps: sum(map(self.sliced, ps)))
-        local = sum(self.sliced(p) / self.shards_of(p) for p in held)
+        ranks = map(self.held, range(self.pp))
+        held = max(ranks, key=lambda held: self.total(self.sliced, held))
         update = Work(
-            moved=profile.update.moved * local, operations=profile.update.operations * len(held)
+            moved=profile.update.moved * self.total(self.sharded, held),
+            operations=profile.update.operations * held.tensors,
         )
         m = self.micro
         parts = {
@@ -99,15 +100,17 @@ class Times(Layout):
 
     def checkpoint(self) -> Checkpoint:
         """Each weight and state is written by one rank; the ranks that have most take longest."""
-        whole = parameters(self.config.model)
-        size = sum(4.0 * math.prod(p.shape) + self.states(p, whole=True) for p in whole)
-        held = [sum(map(self._saved, self.held(r))) for r in range(self.pp)]
-        slowest = max(held)
+        everything = held_by(self.config.model, tuple(self.stages))
+        size = self.total(self._global, everything)
+        slowest = max(self.total(self._saved, self.held(r)) for r in range(self.pp))
         bandwidths = self.hardware.host_bandwidth, self.hardware.disk_bandwidth
         return Checkpoint(size, *(slowest / bandwidth for bandwidth in bandwidths))
 
     def _saved(self, p: Sized) -> float:
-        return 4.0 * self.sliced(p) / self.shards_of(p) + self.states(p)
+        return 4.0 * self.sharded(p) + self.states(p)
+
+    def _global(self, p: Sized) -> float:
+        return 4.0 * math.prod(p.shape) + self.states(p, whole=True)
 
     def _stall(self, step: float) -> float:
         """Seconds of a step that checkpoints take: copies, and what is not written by the next."""
@@ -119,24 +122,28 @@ class Times(Layout):
         return (saved.copy + behind) / interval
 
     def _stage(self, stage: Stage, profile: Profile, busiest: Mapping[str, float]) -> _MicroBatch:
-        kinds = [self.kind(b) for b in stage.blocks]
-        costs = [profile.blocks[kind] for kind in kinds] + [profile.ends] * stage.last
+        held = held_by(self.config.model, (stage,))
+        costs = [(profile.blocks[a.kind], a.number) for a in held.blocks]
+        costs += [(profile.ends, 1)] * stage.last
         again = 1 if self.config.train.activation_checkpointing else 0
-        forward = sum((self._work(c) for c in costs), Work())
+        forward = sum((self._work(cost) * number for cost, number in costs), Work())
         ratio = profile.backward
         backward = Work(
             forward.flops * ratio.flops,
             forward.moved * ratio.moved,
             forward.operations * ratio.operations,
         )
-        numbers = sum(self.sliced(p) for p in of_stage(self.config.model, stage))
+        numbers = self.total(self.sliced, held)
         there, back = PER_WEIGHT[self.bf16]
         weights = Work(moved=numbers * (there * (1 + again) + back))
         work = forward * (1 + again) + backward + weights
         return _MicroBatch(
             self.hardware.seconds_of(work, bf16=self.bf16),
-            self._imbalance(kinds, busiest) * (3 + again),
-            *((2 + again) * sum(self._travel(c, axis) for c in costs) for axis in ("tp", "ep")),
+            self._imbalance(held, busiest) * (3 + again),
+            *(
+                (2 + again) * sum(number * self._travel(cost, axis) for cost, number in costs)
+                for axis in ("tp", "ep")
+            ),
         )
 
     def _work(self, cost: Cost) -> Work:
@@ -144,17 +151,12 @@ class Times(Layout):
         work = cost.work
         return Work(work.flops * self.rows, work.moved * self.rows, work.operations)
 
-    def _imbalance(self, kinds: list[tuple[str, bool]], busiest: Mapping[str, float]) -> float:
+    def _imbalance(self, held: Held, busiest: Mapping[str, float]) -> float:
         """Seconds of a forward pass in which ranks wait for the busiest rank's experts."""
         model = self.config.model
         matrices = 3 if model.activation.startswith("gated") else 2
         by_token = 2.0 * matrices * model.d_model * model.d_ff / self.tp
-        lengths = dict(zip(("encoder", "decoder"), self.lengths, strict=True))
-        flops = sum(
-            (busiest.get(stack, 1.0) - 1.0) * by_token * self.rows * lengths[stack]
-            for stack, sparse in kinds
-            if sparse
-        )
+        flops = by_token * self.rows_beyond(held, busiest)
         return self.hardware.seconds_of(Work(flops=flops), bf16=self.bf16)
 
     def _travel(self, cost: Cost, axis: str) -> float:
@@ -169,16 +171,16 @@ class Times(Layout):
         starts = cost.calls[axis] * self.hardware.collective_seconds if ranks > 1 else 0.0
         return seconds + starts
 
-    def _data_parallel(self, held: list[Sized], micro_batch: float) -> float:
+    def _data_parallel(self, held: Held, micro_batch: float) -> float:
         """Gradient sums, or FSDP2's gathering and scattering, where computing does not hide it."""
         zero = self.config.parallel.zero
         total = 0.0
-        blocks = len({p.block for p in held})
-        for is_expert, ranks, stride in (
-            (False, self.dp, self.tp),
-            (True, self.edp, self.tp * self.ep),
+        blocks = 1 + sum(a.number for a in held.blocks)
+        for size, ranks, stride in (
+            (self._dense, self.dp, self.tp),
+            (self._experts, self.edp, self.tp * self.ep),
         ):
-            number = sum(self.sliced(p) for p in held if p.spec.is_expert == is_expert)
+            number = self.total(size, held)
             if not number:
                 continue
             place = {"ranks": ranks, "stride": stride}
@@ -201,3 +203,9 @@ class Times(Layout):
         elif self.pp == 1 and self.config.parallel.overlap_gradients:
             hidden = 0.6 * micro_batch
         return max(0.0, total - hidden)
+
+    def _dense(self, p: Sized) -> float:
+        return 0.0 if p.spec.is_expert else self.sliced(p)
+
+    def _experts(self, p: Sized) -> float:
+        return self.sliced(p) if p.spec.is_expert else 0.0
