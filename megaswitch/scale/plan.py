@@ -19,6 +19,7 @@ from megaswitch.scale.estimate import Estimate, Profiles, estimate, fullest
 from megaswitch.scale.hardware import Hardware, known, load_hardware
 from megaswitch.scale.holdings import Memory
 from megaswitch.scale.profile import Profile, profile, smallest_micro_batch
+from megaswitch.scale.recorder import Work
 from megaswitch.scale.routing import shares, simulate_routing
 from megaswitch.train.placement import row_lengths
 
@@ -142,10 +143,13 @@ def _is_slower(one: RunConfig, other: RunConfig) -> bool:
 def profiles_of(config: RunConfig, hardware: Hardware) -> Profiles:
     """Profiles by `tp` and whether experts lie on several ranks, each made when it is needed."""
     lengths = row_lengths(config)
+    updates: list[Work] = []
 
     @cache
     def of(tp: int, exchanges: bool) -> Profile:
-        return profile(config, lengths, tp, exchanges, hardware.device)
+        one = profile(config, lengths, tp, exchanges, hardware.device, *updates[:1])
+        updates.append(one.update)
+        return one
 
     return of
 

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from megaswitch.config import ParallelConfig, RunConfig
 from megaswitch.layers.kernels import rehearse
@@ -23,6 +24,7 @@ from megaswitch.model.switch_transformer import rows_per_group
 from megaswitch.optim.build import build_optimizer, clip_gradients
 from megaswitch.parallel.absent import absent_peers
 from megaswitch.parallel.mesh import Mesh
+from megaswitch.parallel.shard import declare_spec, spec_of
 from megaswitch.scale.recorder import Recorder, Work
 from megaswitch.scale.rehearsal import Rehearsal
 from megaswitch.scale.sizes import Kind
@@ -60,7 +62,8 @@ class Profile:
         work: bytes that the backward pass takes beyond what was kept, at most, but for those of the
             largest weight's gradient.
         backward: what the backward pass does, each number by that of the forward pass.
-        update: of the optimizer and the gradient norm: bytes moved by weight, operations by tensor.
+        update: of the optimizer and the gradient norm: bytes moved by weight, operations by piece,
+            that is by tensor, or by experts that are updated together.
     """
 
     blocks: dict[Kind, Cost]
@@ -87,7 +90,12 @@ _ROWS = 8  # at least, so that what does not grow with them hardly counts
 
 
 def profile(
-    config: RunConfig, lengths: tuple[int, int], tp: int, exchanges: bool, device: str = "cuda"
+    config: RunConfig,
+    lengths: tuple[int, int],
+    tp: int,
+    exchanges: bool,
+    device: str = "cuda",
+    update: Work | None = None,
 ) -> Profile:
     """Rehearse a model of one block of each kind.
 
@@ -97,6 +105,7 @@ def profile(
         tp: tensor-parallel ranks.
         exchanges: whether experts lie on several ranks.
         device: whose kernels: "cpu" or "cuda".
+        update: as another profile of this model has it, as it hardly depends on the others.
     """
     model = config.model
     steps = model.moe.encoder_sparse_step, model.moe.decoder_sparse_step
@@ -120,47 +129,42 @@ def profile(
     with absent_peers(tp * ep, 0), rehearse(device):
         rehearsal = Rehearsal(small, Mesh.over_ranks(torch.device("cpu"), small.parallel))
         with rehearsal.prepared() as (parts, _, micro):
-            return _measure(rehearsal, parts, micro, rows)
+            return _measure(rehearsal, parts, micro, rows, update)
 
 
-def _measure(rehearsal: Rehearsal, parts: Parts, micro: MicroBatch, rows: int) -> Profile:
+def _measure(
+    rehearsal: Rehearsal, parts: Parts, micro: MicroBatch, rows: int, update: Work | None
+) -> Profile:
     recorder, model = rehearsal.recorder, parts.models[0]
     blocks = [*model.encoder.blocks, *model.decoder.blocks]
-    sizes = rehearsal.config.train
-    bf16 = sizes.precision == "bf16"
+    bf16 = rehearsal.config.train.precision == "bf16"
     seen: dict[Kind, Cost] = {}
     spent: list[Cost] = []
     for block in blocks:
         meter = _Meter(recorder, cast_bytes(block) if bf16 else 0)
         block.register_forward_pre_hook(meter.start)
         block.register_forward_hook(partial(meter.stop, seen, spent))
-    work, backward = 0.0, Work()
-    ends = Cost()
-    for _ in range(2):  # the second time, gradients are there to be added to
-        seen.clear()
-        spent.clear()
-        whole = _Meter(recorder, 0)
-        whole.start()
-        precision = torch.bfloat16 if bf16 else torch.float32
-        output = forward(model, micro, precision)
-        tp = model.tp
-        loss, _ = training_loss(output, micro.batch, BatchSize(rows, 1), rehearsal.config, tp)
-        assert loss is not None
-        total = whole.cost()
-        head = (w for name, w in parts.weights.items() if _is_head(name, parts))
-        casts = bf16 * (sum(2 * w.local.numel() for w in head) + sum(map(cast_bytes, blocks)))
-        total.work -= Work(moved=3 * casts)
-        del output
-        start, done = recorder.memory.live, recorder.work
-        recorder.memory.reset_peak()
-        loss.backward()
-        work = recorder.memory.peak - start
-        numbers = sum(w.local.numel() for w in parts.weights.values())
-        backward = recorder.work - done - Work(moved=PER_WEIGHT[bf16][1] * numbers)
-        backward = _ratio(backward, total.work)
-        del loss
-        ends = _minus(total, spent)
-        ends.kept -= casts
+    for w in parts.weights.values():  # as of an earlier micro-batch, to be added to
+        w.parameter.grad = torch.empty_like(w.parameter)
+    whole = _Meter(recorder, 0)
+    whole.start()
+    output = forward(model, micro, torch.bfloat16 if bf16 else torch.float32)
+    tp = model.tp
+    loss, _ = training_loss(output, micro.batch, BatchSize(rows, 1), rehearsal.config, tp)
+    assert loss is not None
+    total = whole.cost()
+    head = (w for name, w in parts.weights.items() if _is_head(name, parts))
+    casts = bf16 * (sum(2 * w.local.numel() for w in head) + sum(map(cast_bytes, blocks)))
+    total.work -= Work(moved=3 * casts)
+    del output
+    start, done = recorder.memory.live, recorder.work
+    recorder.memory.reset_peak()
+    loss.backward()
+    work = float(recorder.memory.peak - start)
+    numbers = sum(w.local.numel() for w in parts.weights.values())
+    backward = recorder.work - done - Work(moved=PER_WEIGHT[bf16][1] * numbers)
+    ends = _minus(total, spent)
+    ends.kept -= casts
     # A gradient in bf16 and once more in fp32, until it is added to the sum.
     largest = 6 * max(w.local.numel() for w in parts.weights.values())
     scores = 8 * rows * rehearsal.lengths[1] * model.config.vocab_size / model.tp.size
@@ -168,8 +172,8 @@ def _measure(rehearsal: Rehearsal, parts: Parts, micro: MicroBatch, rows: int) -
         {kind: _by_row(cost, rows) for kind, cost in seen.items()},
         _by_row(ends, rows),
         (work if work > 1.05 * largest else scores) / rows,
-        backward,
-        _update(rehearsal, parts),
+        _ratio(backward, total.work),
+        update or _update(rehearsal, parts),
     )
 
 
@@ -179,16 +183,27 @@ def _update(rehearsal: Rehearsal, parts: Parts) -> Work:
     See `Profile.update` for the units.
     """
     config = rehearsal.config.optim
-    optimizer = build_optimizer(parts.parameters(), config)
     parts.gradients.finish()
+    parameters = [_piece(w.local) for w in parts.weights.values()]
+    optimizer = build_optimizer(parameters, config)
     work = Work()
     for _ in range(2):
         before = rehearsal.recorder.work
-        clip_gradients(parts.parameters(), config.clip_grad_norm, rehearsal.mesh)
+        clip_gradients(parameters, config.clip_grad_norm, rehearsal.mesh)
         optimizer.step()
         work = rehearsal.recorder.work - before
-    numbers = [w.local.numel() for w in parts.weights.values()]
+    numbers = [p.numel() for p in parameters]
     return Work(moved=work.moved / sum(numbers), operations=work.operations / len(numbers))
+
+
+def _piece(parameter: nn.Parameter) -> nn.Parameter:
+    """A stack's first expert, since an update does with all of them what it does with one."""
+    spec = spec_of(parameter)
+    if not spec.is_expert or len(parameter) == 1:
+        return parameter
+    one = nn.Parameter(parameter.detach()[:1].clone(), requires_grad=parameter.requires_grad)
+    one.grad = torch.empty_like(one)
+    return declare_spec(one, spec)
 
 
 def _ratio(work: Work, by: Work) -> Work:

@@ -48,11 +48,6 @@ class Held:
         """Parameters of a block of each sort, and the ends."""
         return [*(alike.parameters for alike in self.blocks), self.ends]
 
-    @property
-    def tensors(self) -> int:
-        """How many parameters."""
-        return sum(a.number * len(a.parameters) for a in self.blocks) + len(self.ends)
-
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 
 from megaswitch.model.stages import Stage
+from megaswitch.optim.adafactor_math import slices_at_once
 from megaswitch.scale.layout import Layout
 from megaswitch.scale.profile import PER_WEIGHT, Cost, Profile
 from megaswitch.scale.recorder import Work
@@ -84,7 +85,7 @@ class Times(Layout):
         held = max(ranks, key=lambda held: self.total(self.sliced, held))
         update = Work(
             moved=profile.update.moved * self.total(self.sharded, held),
-            operations=profile.update.operations * held.tensors,
+            operations=profile.update.operations * self.total(self._pieces, held),
         )
         m = self.micro
         parts = {
@@ -105,6 +106,14 @@ class Times(Layout):
         slowest = max(self.total(self._saved, self.held(r)) for r in range(self.pp))
         bandwidths = self.hardware.host_bandwidth, self.hardware.disk_bandwidth
         return Checkpoint(size, *(slowest / bandwidth for bandwidth in bandwidths))
+
+    def _pieces(self, p: Sized) -> float:
+        """How often an update's operations run; see `adafactor_math.Slices.chunks`."""
+        if self.config.optim.name != "adafactor" or not p.spec.is_expert:
+            return 1.0
+        experts = p.shape[0] // self.ep
+        size = 4.0 * self.sharded(p) / experts
+        return -(-experts // slices_at_once(int(size), self.hardware.device))
 
     def _saved(self, p: Sized) -> float:
         return 4.0 * self.sharded(p) + self.states(p)

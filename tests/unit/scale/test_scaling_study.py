@@ -93,7 +93,7 @@ def test_the_job_of_a_plan_asks_for_what_the_example_does():
         dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", text, re.MULTILINE))
         for text in (sbatch(plan, load_hardware("h100"), "run.toml"), SBATCH.read_text())
     )
-    for key in ("ntasks-per-node", "gpus-per-node", "exclusive", "requeue"):
+    for key in ("ntasks-per-node", "gpus-per-node", "exclusive", "requeue", "signal", "open-mode"):
         assert ours[key] == theirs[key]
     assert ours["nodes"] == "256"
 
