@@ -102,22 +102,23 @@ def test_plans_keep_the_rules_and_fit(plan):
 
 def test_what_a_search_leaves_out_is_slower_indeed():
     """Recomputing, and gathering twice, where neither is needed."""
-    config = from_toml(f"{BASE}batch_size = 64")
+    config = from_toml(f"{BASE}batch_size = 32")
     lengths = row_lengths(config)
-    best = search(config, 4, H100, keep=1000, profiles=made_up)
+    best = search(config, 2, H100, keep=1000, profiles=made_up)
     kept = {repr((one.config.parallel, one.config.train)) for one in best.best}
     ways: dict[str, list[float]] = defaultdict(list)
-    for variants in _candidates(config, 4, H100, lengths):
-        if check(variants[0], 4):
+    for variants in _candidates(config, 2, H100, lengths):
+        if check(variants[0], 2):
             continue
         for one in variants:
-            took = estimate(one, 4, lengths, made_up, H100).seconds.total
+            took = estimate(one, 2, lengths, made_up, H100).seconds.total
             taken = repr((one.parallel, one.train)) in kept
             ways["taken" if taken else "left"].append(took)
             if not taken:
                 others = (v for v in variants if repr((v.parallel, v.train)) in kept)
                 assert (
-                    min(estimate(v, 4, lengths, made_up, H100).seconds.total for v in others) < took
+                    min(estimate(v, 2, lengths, made_up, H100).seconds.total for v in others)
+                    <= took
                 )
     assert ways["taken"]
     assert ways["left"]
@@ -158,8 +159,8 @@ def test_a_checkpoint_is_all_weights_and_states_once():
     numbers = count(config.model).total_parameters
     assert 4 * numbers < saved.size < 4.4 * numbers  # Adafactor's states are small
     assert saved.write == pytest.approx(saved.copy * H100.host_bandwidth / H100.disk_bandwidth)
-    # Two pipeline ranks, experts divided by two: each writes about a third of all.
-    assert saved.size / 4 < saved.write * H100.disk_bandwidth < saved.size / 2
+    # The last of two pipeline ranks has three of four blocks, and half of their experts.
+    assert 0.5 * saved.size < saved.write * H100.disk_bandwidth < 0.6 * saved.size
 
 
 def test_the_job_starts_all_ranks(plan):
@@ -173,25 +174,25 @@ def test_the_job_starts_all_ranks(plan):
 
 
 def test_where_nothing_fits_a_plan_says_the_smallest_change_that_does():
-    config = from_toml(f"{BASE}batch_size = 128\n[optim]\n{ADAMW}")
-    leanest = search(config, 4, replace(H100, memory=1e6), profiles=made_up).smallest
+    config = from_toml(f"{BASE}batch_size = 64\n[optim]\n{ADAMW}")
+    leanest = search(config, 2, replace(H100, memory=1e6, node_gpus=1), profiles=made_up).smallest
     assert leanest is not None
-    small = replace(H100, memory=0.98 * leanest.memory.total, node_gpus=4)
+    small = replace(H100, memory=0.98 * leanest.memory.total, node_gpus=1)
 
     def fits(world: int, run=config, hardware=small) -> bool:
         return bool(search(run, world, hardware, profiles=made_up).best)
 
-    plan = search(config, 4, small, profiles=made_up)
+    plan = search(config, 2, small, profiles=made_up)
     assert not plan.best
     optimizer, ranks, machine = (remedy.split(" needs ")[0] for remedy in plan.remedies)
     assert optimizer == "--optim.name=adafactor"
-    assert fits(4, replace(config, optim=replace(config.optim, name="adafactor")))
+    assert fits(2, replace(config, optim=replace(config.optim, name="adafactor")))
     world, *words = ranks.removeprefix("--world ").split()
-    more = replace(config, train=replace(config.train, batch_size=_batch(words, 128)))
+    more = replace(config, train=replace(config.train, batch_size=_batch(words, 64)))
     assert fits(int(world), more)
-    assert not any(fits(fewer) for fewer in range(4, int(world), 4))
+    assert not any(fits(fewer) for fewer in range(2, int(world)))
     assert machine == "--hardware a100"  # the least memory of those that have more
-    assert fits(4, hardware=load_hardware("a100"))
+    assert fits(2, hardware=load_hardware("a100"))
 
 
 def _batch(words: list[str], usual: int) -> int:
