@@ -1,9 +1,11 @@
 """Plans: their memory is that of a rehearsal, their layouts keep the rules."""
 
+import re
 import subprocess
 from collections import Counter, defaultdict
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -171,6 +173,19 @@ def test_the_job_starts_all_ranks(plan):
     assert "scontrol requeue" in text
     assert "train 'a b; rm -r c' &" in sbatch(plan.best[0], H100, "a b; rm -r c")
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+SBATCH = Path(__file__).resolve().parents[3] / "examples/slurm/pretrain.sbatch"
+
+
+def test_the_job_asks_for_what_the_example_does(plan):
+    """The job of eight GPUs a node that examples/slurm has; only the number of nodes differs."""
+    ours, theirs = (
+        dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", text, re.MULTILINE))
+        for text in (sbatch(plan.best[0], H100, "run.toml"), SBATCH.read_text(encoding="utf-8"))
+    )
+    keys = ("ntasks-per-node", "gpus-per-node", "exclusive", "requeue", "signal", "open-mode")
+    assert {key: ours[key] for key in keys} == {key: theirs[key] for key in keys}
 
 
 def test_where_nothing_fits_a_plan_says_the_smallest_change_that_does():

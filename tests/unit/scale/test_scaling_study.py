@@ -4,17 +4,18 @@ import importlib.util
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from megaswitch.config import load_config
 from megaswitch.scale.estimate import estimate
 from megaswitch.scale.hardware import load_hardware
-from megaswitch.scale.plan import planned_toml, profiles_of, sbatch
+from megaswitch.scale.plan import planned_toml, profiles_of
 from megaswitch.train.placement import row_lengths
 
 FOLDER = Path(__file__).resolve().parents[3] / "examples/studies/scaling"
+if not (FOLDER / "results.json").exists():
+    pytest.skip("the scaling study has no recorded results yet", allow_module_level=True)
 RESULTS = json.loads((FOLDER / "results.json").read_text(encoding="utf-8"))
 
 
@@ -62,7 +63,6 @@ def test_parts_of_a_step_make_the_step():
 
 
 PLANNED = sorted((FOLDER / "planned").glob("*.toml"))
-SBATCH = FOLDER.parents[1] / "slurm/pretrain.sbatch"
 
 
 @pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
@@ -83,19 +83,6 @@ def test_planned_runs_are_what_plans_say_today(name):
     profiles = profiles_of(config, hardware)
     one = estimate(config, world, row_lengths(config), profiles, hardware)
     assert planned_toml(one, hardware) == text
-
-
-@pytest.mark.skipif(not SBATCH.exists(), reason="examples/slurm is not in this release")
-def test_the_job_of_a_plan_asks_for_what_the_example_does():
-    config = load_config(FOLDER / "planned/switch-c-2048.toml")
-    plan = SimpleNamespace(world=2048, config=config)
-    ours, theirs = (
-        dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", text, re.MULTILINE))
-        for text in (sbatch(plan, load_hardware("h100"), "run.toml"), SBATCH.read_text())
-    )
-    for key in ("ntasks-per-node", "gpus-per-node", "exclusive", "requeue", "signal", "open-mode"):
-        assert ours[key] == theirs[key]
-    assert ours["nodes"] == "256"
 
 
 @pytest.mark.long
