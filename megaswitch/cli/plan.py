@@ -22,6 +22,8 @@ if TYPE_CHECKING:
               help="a100, b200, h100, h200, or a TOML file like theirs.")  # fmt: skip
 @click.option("--tokens", type=click.FloatRange(min=0, min_open=True),
               help="Tokens to train on. Default: those of train.steps.")  # fmt: skip
+@click.option("--routing", default="uniform", show_default=True, metavar="MODEL",
+              help="uniform, zipf:EXPONENT, or a JSON list of tokens by expert.")  # fmt: skip
 @click.option("--output", type=PATH,
               help="Write the best there: run.toml, and run.sbatch for SLURM.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable, bytes and seconds.")
@@ -31,6 +33,7 @@ def plan(
     world: int,
     hardware: str,
     tokens: float | None,
+    routing: str,
     output: Path | None,
     as_json: bool,
     model: str,
@@ -52,7 +55,7 @@ def plan(
 
     machine = load_hardware(hardware)
     config = _config(model, overrides)
-    found = search(config, world, machine)
+    found = search(config, world, machine, routing=routing)
     tokens = tokens or tokens_of_run(config)
     table = as_table(found, tokens)
     if output and found.best:
@@ -67,23 +70,18 @@ def _config(model: str, overrides: tuple[str, ...]) -> RunConfig:
     """The run, whatever its own layout."""
     from megaswitch.config import load_config
     from megaswitch.presets import PRESETS
+    from megaswitch.scale.plan import preset_run
 
-    if model not in PRESETS:
-        return load_config(Path(model), overrides)
-    groups = ("--train.precision=bf16", "--train.batch_size=2048")
-    table = PRESETS[model].get("moe", {})
-    rows = max(1, table.get("group_size", 512) // 512)
-    preset = (f"--model.preset={model}", f"--train.micro_batch_size={rows}", *groups)
-    return load_config(None, (*preset, *overrides))
+    return preset_run(model, overrides) if model in PRESETS else load_config(Path(model), overrides)
 
 
 def _write(found: Plan, folder: Path) -> None:
-    from megaswitch.config import to_toml
-    from megaswitch.scale.plan import sbatch
+    from megaswitch.scale.plan import planned_toml, sbatch
 
     folder.mkdir(parents=True, exist_ok=True)
     best = found.best[0]
-    (folder / "run.toml").write_text(to_toml(best.config), encoding="utf-8")
+    text = planned_toml(best, found.hardware)
+    (folder / "run.toml").write_text(text, encoding="utf-8")
     job = sbatch(best, found.hardware, str(folder / "run.toml"))
     (folder / "run.sbatch").write_text(job, encoding="utf-8")
 

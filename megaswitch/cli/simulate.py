@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 @click.option("--world", type=click.IntRange(1), required=True, help="Ranks of the run.")
 @click.option("--rank", "ranks", type=click.IntRange(0), multiple=True,
               help="A rank to rehearse, or several. Default: one of each kind.")  # fmt: skip
-@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True,
+@click.option("--device", type=click.Choice(["cuda", "cpu"]),
+              show_default="that of --hardware, else cuda",
               help="Whose kernels are rehearsed. None is needed.")  # fmt: skip
+@click.option("--hardware", metavar="NAME|FILE",
+              help="Tell times, too: of a100, b200, h100, h200 or a TOML file.")  # fmt: skip
 @click.option("--routing", default="uniform", show_default=True, metavar="MODEL",
               help="uniform, zipf:EXPONENT, or a JSON list of tokens by expert.")  # fmt: skip
 @click.option("--plot", type=PATH, help="Draw the pipeline: .png, or .json for Perfetto.")
@@ -30,7 +33,8 @@ if TYPE_CHECKING:
 def simulate(
     world: int,
     ranks: tuple[int, ...],
-    device: str,
+    device: str | None,
+    hardware: str | None,
     routing: str,
     plot: Path | None,
     as_json: bool,
@@ -47,6 +51,7 @@ def simulate(
     Examples:
       megaswitch simulate run.toml --world 8 --parallel.ep=8
       megaswitch simulate run.toml --world 2048 --rank 0 --routing zipf:0.3 --json
+      megaswitch simulate run.toml --world 8 --hardware h100
     """
     from megaswitch.config import load_config
     from megaswitch.log import UserError
@@ -56,11 +61,14 @@ def simulate(
         raise UserError(f"--rank {wrong[0]} must be less than --world {world}")
     if plot and resolved.parallel.pp == 1:
         raise UserError("--plot draws a pipeline, and parallel.pp=1 makes none; leave it out")
+    from megaswitch.scale.hardware import load_hardware
     from megaswitch.scale.simulate import as_table
     from megaswitch.scale.simulate import simulate as run
     from megaswitch.scale.timeline import write_trace
 
-    simulation = run(resolved, world, ranks or None, device, routing)
+    machine = load_hardware(hardware) if hardware else None
+    device = device or (machine.device if machine else "cuda")
+    simulation = run(resolved, world, ranks or None, device, routing, machine)
     if plot:
         write_trace(simulation.spans, plot)
     if as_json:
@@ -79,7 +87,7 @@ def _print(simulation: Simulation) -> None:
     for step in simulation.steps:
         blocks = f"{step.blocks[0]} … {step.blocks[-1]}"
         sizes = [f"{step.memory[kind] / 2**30:.3f}" for kind in KINDS]
-        peak, flops = f"{step.peak / 2**30:.3f}", f"{step.flops / 1e12:.3f}"
+        peak, flops = f"{step.peak / 2**30:.3f}", f"{step.work.flops / 1e12:.3f}"
         table.add_row(str(step.rank), str(step.pipeline_rank), blocks, *sizes, peak, flops)
     stdout().print(table)
     step = simulation.steps[0]
@@ -91,6 +99,9 @@ def _print(simulation: Simulation) -> None:
         stdout().print(f"\nWhat rank {step.rank} tells others in a step "
                        f"of {step.micro_batches} micro-batches:")  # fmt: skip
         stdout().print(table)
+    for one, seconds in zip(simulation.steps, simulation.seconds, strict=False):
+        parts = ", ".join(f"{name} {took:.3g}" for name, took in seconds.items())
+        echo(f"\nrank {one.rank}, seconds if nothing hides and nobody waits: {parts}")
     for stack, load in simulation.loads.items():
         echo(
             f"\n{stack}: {load.dropped:.2%} of tokens dropped, busiest expert "

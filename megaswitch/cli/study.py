@@ -143,6 +143,46 @@ def report(
 
 
 @study.command()
+@click.option("--output", type=PATH, required=True, help="Hardware file to write.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto",
+              show_default=True, help="auto: CUDA where there is a GPU.")  # fmt: skip
+@click.option("--ranks", type=click.IntRange(min=2), default=2, show_default=True,
+              help="Processes that share this machine, one thread or GPU each.")  # fmt: skip
+@click.option("--links-of", metavar="NAME|FILE",
+              help="Take links from this machine instead of measuring a group.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable figures.")
+def calibrate(output: Path, device: str, ranks: int, links_of: str | None, as_json: bool) -> None:
+    """Measure this machine and write a hardware file for plan and simulate.
+
+    Matrix products, memory, collectives of a small group, the disk that the file lies on, and
+    training steps of a few small models, which tell what a step reaches of all that. On CPUs times
+    are CPU-seconds of one thread, so that other programs hardly matter. Takes about two minutes.
+
+    \b
+    Examples:
+      megaswitch study calibrate --output laptop.toml
+      megaswitch plan run.toml --world 2 --hardware laptop.toml
+      megaswitch study calibrate --output gpu.toml --device cuda --links-of h100
+    """
+    import torch
+
+    from megaswitch.scale import calibrate as calibration
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(1)
+    found = calibration.calibrate(device, ranks, output.resolve().parent, links_of)
+    output.write_text(calibration.as_toml(found.hardware), encoding="utf-8")
+    if as_json:
+        echo(json.dumps(calibration.as_table(found), indent=2))
+        return
+    echo(calibration.as_toml(found.hardware))
+    echo("predicted by measured seconds of the training steps that it was fitted to:")
+    for name, ratio in found.ratios.items():
+        echo(f"  {ratio:5.2f}  {name}")
+
+
+@study.command()
 @click.argument("dense", type=PATH)
 @click.argument("sparse", type=PATH)
 @click.option("--level", type=click.Choice(["common", "dense", "sparse"]), default="common",

@@ -22,6 +22,12 @@ _SCRATCH_BYTES_ACCELERATOR = 256 << 20
 Buffers = dict[tuple[torch.device, torch.dtype], Tensor]
 
 
+def slices_at_once(size: int, kernels: str) -> int:
+    """How many slices of so many bytes are updated together, by "cpu" or "cuda" kernels."""
+    limit = _SCRATCH_BYTES_CPU if kernels == "cpu" else _SCRATCH_BYTES_ACCELERATOR
+    return max(1, limit // max(1, size))
+
+
 @dataclass(frozen=True)
 class Slices:
     """Parameters of one shape, with what belongs to them, stacked along dimension 0.
@@ -65,10 +71,9 @@ class Slices:
 
     def chunks(self) -> Iterator[tuple[slice, Slices]]:
         """Runs of whole slices that fit the work memory, at least one slice each; and where."""
-        cpu = kernels_of(self.parameter) == "cpu"
-        limit = _SCRATCH_BYTES_CPU if cpu else _SCRATCH_BYTES_ACCELERATOR
         count, rows, columns = self.parameter.shape
-        length = max(1, limit // self.gradient.element_size() // max(1, rows * columns))
+        size = self.gradient.element_size() * rows * columns
+        length = slices_at_once(size, kernels_of(self.parameter))
         for start in range(0, max(1, count), length):
             run = slice(start, start + length)
             yield (

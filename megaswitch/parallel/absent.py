@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
+from torch.distributed import device_mesh
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from megaswitch.log import UserError
@@ -23,8 +26,17 @@ def absent_peers(world: int, rank: int) -> Iterator[None]:
     if dist.is_initialized():
         raise UserError("a rehearsal needs a process that is no rank itself; start it alone")
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    new_group = device_mesh.new_group
+
+    def own_group(ranks: list[int] | None = None, **options: Any) -> Any:
+        """All ranks make all groups of a mesh, thousands in a large one; peers' are not missed."""
+        if ranks is None or rank in ranks:
+            return new_group(ranks=ranks, **options)
+        return dist.GroupMember.NON_GROUP_MEMBER
+
     try:
-        yield
+        with mock.patch.object(device_mesh, "new_group", own_group):
+            yield
     finally:
         dist.destroy_process_group()
         # torch remembers what operations made of which mesh, and takes equal meshes for one, though

@@ -6,22 +6,31 @@ import dataclasses
 import math
 import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import cache
 from typing import Any, Literal
 
-from megaswitch.config import ParallelConfig, RunConfig
+from megaswitch.config import ParallelConfig, RunConfig, load_config, to_toml
+from megaswitch.presets import PRESETS
 from megaswitch.rules import check
-from megaswitch.scale.estimate import Estimate, estimate
-from megaswitch.scale.hardware import Hardware
+from megaswitch.scale.estimate import Estimate, Profiles, estimate, fullest
+from megaswitch.scale.hardware import Hardware, known, load_hardware
+from megaswitch.scale.holdings import Memory
 from megaswitch.scale.profile import Profile, profile, smallest_micro_batch
+from megaswitch.scale.recorder import Work
+from megaswitch.scale.routing import shares, simulate_routing
 from megaswitch.train.placement import row_lengths
 
 _ZERO: tuple[Literal["none", "optimizer", "full"], ...] = ("none", "optimizer", "full")
 _STAGES = 16  # most pipeline ranks that are tried
 _MICRO_BATCHES = (1, 2, 4, 8)  # multiples of the smallest that are tried
+_DRAWN = 4  # layers whose routing is drawn
 _DAY = 86400.0
+_SLOWER = "fits, but is slower"
+# By how much more ranks are tried where nothing fits.
+_MORE_RANKS = (Fraction(5, 4), Fraction(3, 2), *map(Fraction, (2, 3, 4, 6, 8, 12, 16)))
 
 
 @dataclass
@@ -45,7 +54,29 @@ class Plan:
     remedies: list[str] = field(default_factory=list)
 
 
-def search(config: RunConfig, world: int, hardware: Hardware, *, keep: int = 5) -> Plan:
+def preset_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """A preset in bf16 with batches of 2048 sequences, as the paper's.
+
+    Args:
+        name: of `presets.PRESETS`.
+        overrides: such as "--train.batch_size=8192".
+    """
+    table = PRESETS[name].get("moe", {})
+    rows = max(1, table.get("group_size", 512) // 512)
+    words = ("--train.precision=bf16", "--train.batch_size=2048")
+    preset = (f"--model.preset={name}", f"--train.micro_batch_size={rows}", *words)
+    return load_config(None, (*preset, *overrides))
+
+
+def search(
+    config: RunConfig,
+    world: int,
+    hardware: Hardware,
+    *,
+    keep: int = 5,
+    routing: str = "uniform",
+    profiles: Profiles | None = None,
+) -> Plan:
     """Try layouts of `config`, whose own layout counts for nothing but its other options.
 
     What changes results is left as it is: model, batch, precision, optimizer.
@@ -55,36 +86,90 @@ def search(config: RunConfig, world: int, hardware: Hardware, *, keep: int = 5) 
         world: ranks.
         hardware: of each.
         keep: how many of the best.
+        routing: how tokens spread over experts; see `routing.shares`.
+        profiles: of an earlier search with the same model; None: make them. See `profiles_of`.
     """
     lengths = row_lengths(config)
-    profiles = _profiles(config, lengths)
+    profiles = profiles or profiles_of(config, hardware)
+    busiest = _busiest(config, lengths, routing)
     plan = Plan(hardware, world)
     found: list[Estimate] = []
-    for candidate in _candidates(config, world, hardware, lengths):
-        problems = check(candidate, world)
-        if problems:
-            plan.rejected[_rule(problems[0])] += 1
+    least: tuple[float, RunConfig] | None = None
+    for variants in _candidates(config, world, hardware, lengths):
+        if problems := check(variants[0], world):
+            plan.rejected[_rule(problems[0])] += len(variants)
             continue
-        one = estimate(candidate, world, lengths, profiles, hardware)
-        if one.memory.total > hardware.memory:
-            plan.rejected["needs more memory than a GPU has"] += 1
-            least = plan.smallest
-            if least is None or one.memory.total < least.memory.total:
-                plan.smallest = one
-        else:
-            found.append(one)
+        fitting: list[RunConfig] = []
+        for candidate in variants:
+            if any(_is_slower(candidate, other) for other in fitting):
+                plan.rejected[_SLOWER] += 1
+                continue
+            uneven = busiest(candidate.parallel.ep)
+            memory = fullest(candidate, world, lengths, profiles, hardware, uneven)
+            if memory.total <= hardware.memory:
+                fitting.append(candidate)
+                found.append(
+                    estimate(candidate, world, lengths, profiles, hardware, uneven, memory)
+                )
+            else:
+                plan.rejected["needs more memory than a GPU has"] += 1
+                if least is None or memory.total < least[0]:
+                    least = memory.total, candidate
     found.sort(key=lambda e: e.seconds.total)
     plan.best = found[:keep]
-    plan.rejected["fits, but is slower"] = len(found) - len(plan.best)
+    plan.rejected[_SLOWER] += len(found) - len(plan.best)
+    if least:
+        uneven = busiest(least[1].parallel.ep)
+        plan.smallest = estimate(least[1], world, lengths, profiles, hardware, uneven)
     if not found:
-        plan.remedies = list(_remedies(config, world, hardware, plan))
+        plan.remedies = list(_remedies(config, plan, profiles))
     return plan
 
 
-def _profiles(config: RunConfig, lengths: tuple[int, int]) -> Any:
+def _is_slower(one: RunConfig, other: RunConfig) -> bool:
+    """Whether `one` computes or gathers more than `other`, which fits, and is else the same.
+
+    What hides communication hides less than it takes, so that more of either is never faster.
+    """
+    again, zero = one.train.activation_checkpointing, one.parallel.zero
+    gathers_more = zero == "full" and other.parallel.zero == "optimizer"
+    computes_more = again and not other.train.activation_checkpointing
+    same = again == other.train.activation_checkpointing
+    if zero == other.parallel.zero:
+        return computes_more
+    return gathers_more and (same or computes_more)
+
+
+def profiles_of(config: RunConfig, hardware: Hardware) -> Profiles:
+    """Profiles by `tp` and whether experts lie on several ranks, each made when it is needed."""
+    lengths = row_lengths(config)
+    updates: list[Work] = []
+
     @cache
     def of(tp: int, exchanges: bool) -> Profile:
-        return profile(config, lengths, tp, exchanges)
+        one = profile(config, lengths, tp, exchanges, hardware.device, *updates[:1])
+        updates.append(one.update)
+        return one
+
+    return of
+
+
+def _busiest(config: RunConfig, lengths: tuple[int, int], routing: str) -> Any:
+    """By expert-parallel ranks: by stack, the rows of the busiest by an even share.
+
+    Ranks wait for each other in every micro-batch, so a micro-batch of all of them is drawn.
+    """
+    if routing != "uniform":
+        shares(routing, config.model.moe.num_experts)  # complains if it makes no sense
+
+    @cache
+    def of(ep: int) -> dict[str, float]:
+        if routing == "uniform" or ep == 1:
+            return {}
+        train = replace(config.train, batch_size=ep * config.train.micro_batch_size)
+        one = replace(config, train=train, parallel=replace(config.parallel, ep=ep))
+        loads = simulate_routing(one, routing, lengths, most_layers=_DRAWN)
+        return {stack: load.busiest_rank for stack, load in loads.items()}
 
     return of
 
@@ -96,7 +181,8 @@ def _rule(problem: str) -> str:
 
 def _candidates(
     config: RunConfig, world: int, hardware: Hardware, lengths: tuple[int, int]
-) -> Iterator[RunConfig]:
+) -> Iterator[list[RunConfig]]:
+    """Layouts, those together that keep or break the same rules."""
     model = config.model
     experts = model.moe.num_experts
     blocks = model.num_encoder_layers + model.num_decoder_layers
@@ -117,64 +203,96 @@ def _candidates(
 
 def _options(
     config: RunConfig, sizes: tuple[int, int, int], rows: int, ranks: int
-) -> Iterator[RunConfig]:
+) -> Iterator[list[RunConfig]]:
+    """One list for each schedule, the least memory last."""
     pp, ep, tp = sizes
     own = config.parallel
     schedules: list[dict[str, Any]] = [{}]
     if pp > 1:
         schedules = [{"schedule": "1f1b"}, {"schedule": "interleaved", "stages_per_rank": 2}]
-    for zero in _ZERO if ranks > 1 else ("none",):
-        for schedule in schedules:
-            parallel = ParallelConfig(
+    trains = [
+        replace(config.train, micro_batch_size=rows, activation_checkpointing=again)
+        for again in (False, True)
+    ]
+    for schedule in schedules:
+        parallels = [
+            ParallelConfig(
                 pp=pp, ep=ep, tp=tp, zero=zero, sequence_parallel=own.sequence_parallel,
                 timeout=own.timeout, **schedule,
-            )  # fmt: skip
-            for again in (False, True):
-                train = replace(config.train, micro_batch_size=rows, activation_checkpointing=again)
-                yield replace(config, train=train, parallel=parallel)
+            )
+            for zero in (_ZERO if ranks > 1 else ("none",))
+        ]  # fmt: skip
+        yield [replace(config, train=t, parallel=p) for p in parallels for t in trains]
 
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def _remedies(config: RunConfig, world: int, hardware: Hardware, plan: Plan) -> Iterator[str]:
-    """What to change where nothing fits, each tried before it is told."""
+def _remedies(config: RunConfig, plan: Plan, profiles: Profiles) -> Iterator[str]:
+    """What to change where nothing fits, each tried before it is told, what costs least first.
+
+    Another optimizer; more ranks, the fewest of some; GPUs with more memory.
+    """
     if plan.smallest is None:
         yield (
-            f"no layout of {world} ranks keeps the rules; see the reasons above. Larger batches "
-            "(--train.batch_size) or another number of ranks (--world) allow more"
+            f"no layout of {plan.world} ranks keeps the rules; see the reasons above. Larger "
+            "batches (--train.batch_size) or another number of ranks (--world) allow more"
         )
         return
-    lengths = row_lengths(config)
+    world, hardware, told = plan.world, plan.hardware, False
     if config.optim.name == "adamw":
         lean = replace(config, optim=replace(config.optim, name="adafactor"))
-        if fits := _first_fit(lean, world, hardware, lengths):
-            yield f"--optim.name=adafactor needs {fits.memory.total / 1e9:.0f} GB on a GPU"
-    for times in (2, 4, 8, 16):
-        larger = config.train.batch_size * times
-        more = replace(config, train=replace(config.train, batch_size=larger))
-        for name, one in (("", config), (f" --train.batch_size={larger}", more)):
-            if fits := _first_fit(one, world * times, hardware, lengths):
-                total = fits.memory.total / 1e9
-                yield f"--world {world * times}{name} needs {total:.0f} GB on a GPU"
-                return
-    need = plan.smallest.memory.total / 1e9
-    yield (
-        f"the leanest layout needs GPUs of {need:.0f} GB, and {hardware.name} has "
-        f"{hardware.memory / 1e9:.0f} GB; choose a smaller model or other --hardware"
-    )
+        if fits := _first_fit(lean, world, hardware, profiles):
+            yield f"--optim.name=adafactor needs {fits.total / 1e9:.0f} GB on a GPU"
+            told = True
+    for more, words, other in _more_ranks(config, world, hardware):
+        if fits := _first_fit(other, more, hardware, profiles):
+            yield f"--world {more}{words} needs {fits.total / 1e9:.0f} GB on a GPU"
+            told = True
+            break
+    machines = [(name, load_hardware(name)) for name in known()]
+    for name, machine in sorted(machines, key=lambda pair: pair[1].memory):
+        larger = machine.memory > hardware.memory and machine.device == hardware.device
+        if larger and (fits := _first_fit(config, world, machine, profiles)):
+            yield f"--hardware {name} needs {fits.total / 1e9:.0f} GB on a GPU"
+            told = True
+            break
+    if not told:
+        need = plan.smallest.memory.total / 1e9
+        yield (
+            f"the leanest layout needs GPUs of {need:.0f} GB, and {hardware.name} has "
+            f"{hardware.memory / 1e9:.0f} GB; choose a smaller model or other --hardware"
+        )
+
+
+def _more_ranks(
+    config: RunConfig, world: int, hardware: Hardware
+) -> Iterator[tuple[int, str, RunConfig]]:
+    """More and more ranks of whole nodes, with the batch as it is and then with one as large."""
+    unit = hardware.node_gpus if world >= hardware.node_gpus else 1
+    for times in _MORE_RANKS:
+        more = world * times
+        if more.denominator != 1 or more % unit:
+            continue
+        yield int(more), "", config
+        batch = config.train.batch_size * times
+        if batch.denominator == 1:
+            train = replace(config.train, batch_size=int(batch))
+            yield int(more), f" --train.batch_size={batch}", replace(config, train=train)
 
 
 def _first_fit(
-    config: RunConfig, world: int, hardware: Hardware, lengths: tuple[int, int]
-) -> Estimate | None:
-    profiles = _profiles(config, lengths)
-    for candidate in _candidates(config, world, hardware, lengths):
-        if not check(candidate, world):
-            one = estimate(candidate, world, lengths, profiles, hardware)
-            if one.memory.total <= hardware.memory:
-                return one
+    config: RunConfig, world: int, hardware: Hardware, profiles: Profiles
+) -> Memory | None:
+    """Of the first layout that fits, if one does."""
+    lengths = row_lengths(config)
+    for variants in _candidates(config, world, hardware, lengths):
+        if not check(variants[0], world):
+            for candidate in reversed(variants):  # the leanest first
+                memory = fullest(candidate, world, lengths, profiles, hardware)
+                if memory.total <= hardware.memory:
+                    return memory
     return None
 
 
@@ -223,12 +341,22 @@ def _row(one: Estimate, tokens: float, hardware: Hardware) -> dict[str, Any]:
         "activation_checkpointing": train.activation_checkpointing,
         "memory": {**vars(one.memory), "total": one.memory.total},
         "seconds": {**vars(one.seconds), "total": one.seconds.total},
+        "checkpoint": vars(one.checkpoint),
         "tokens_per_second": one.tokens_per_second,
         "mfu": one.mfu,
         "days": smooth,
         "days_with_failures": real,
         "dollars": real * 24 * one.world * hardware.dollars_per_hour,
     }
+
+
+def planned_toml(one: Estimate, hardware: Hardware) -> str:
+    """The configuration that runs a plan, and what is expected of it."""
+    memory, seconds = one.memory.total / 1e9, one.seconds.total
+    return (
+        f"# Planned for {one.world} ranks of {hardware.name}: {memory:.1f} GB of each, "
+        f"{seconds:.3g} s a step.\n{to_toml(one.config)}"
+    )
 
 
 def sbatch(one: Estimate, hardware: Hardware, config_file: str) -> str:

@@ -1,7 +1,7 @@
 """What a block of each kind costs, by rehearsal of a model that has one of each.
 
-Costs grow with the rows of a micro-batch, and depend on a layout by `tp` and by whether experts lie
-on other ranks; a plan puts those of any number of blocks together.
+Bytes and FLOPs grow with the rows of a micro-batch, and depend on a layout by `tp` and by whether
+experts lie on other ranks; a plan puts those of any number of blocks together.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from megaswitch.config import ParallelConfig, RunConfig
 from megaswitch.layers.kernels import rehearse
@@ -20,31 +21,35 @@ from megaswitch.layers.linear import GroupedLinear, Linear
 from megaswitch.model.blocks import Block
 from megaswitch.model.moe import SwitchFFN
 from megaswitch.model.switch_transformer import rows_per_group
+from megaswitch.optim.build import build_optimizer, clip_gradients
 from megaswitch.parallel.absent import absent_peers
 from megaswitch.parallel.mesh import Mesh
-from megaswitch.scale.recorder import Recorder
+from megaswitch.parallel.shard import declare_spec, spec_of
+from megaswitch.scale.recorder import Recorder, Work
 from megaswitch.scale.rehearsal import Rehearsal
+from megaswitch.scale.sizes import Kind
 from megaswitch.train.objectives import BatchSize, MicroBatch, forward, training_loss
 from megaswitch.train.parts import Parts
 
-Kind = tuple[str, bool]  # stack, and whether it is sparse
 # Bytes by (operation, axis), as `parallel/README.md` counts them.
 Traffic = dict[tuple[str, str], float]
 
 
 @dataclass
 class Cost:
-    """Of one row's forward pass.
+    """Of one row's forward pass; operations and calls do not grow with rows.
 
     Attributes:
         kept: bytes that wait for the backward pass, without weights cast to bf16.
-        flops: floating-point operations.
+        work: of the device.
         traffic: bytes of collectives.
+        calls: collectives by axis.
     """
 
     kept: float = 0.0
-    flops: float = 0.0
+    work: Work = field(default_factory=Work)
     traffic: Traffic = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -56,11 +61,16 @@ class Profile:
         ends: embedding, head, loss.
         work: bytes that the backward pass takes beyond what was kept, at most, but for those of the
             largest weight's gradient.
+        backward: what the backward pass does, each number by that of the forward pass.
+        update: of the optimizer and the gradient norm: bytes moved by weight, operations by piece,
+            that is by tensor, or by experts that are updated together.
     """
 
     blocks: dict[Kind, Cost]
     ends: Cost
     work: float
+    backward: Work
+    update: Work
 
 
 def smallest_micro_batch(config: RunConfig, lengths: tuple[int, int], tp: int) -> int:
@@ -73,10 +83,20 @@ def smallest_micro_batch(config: RunConfig, lengths: tuple[int, int], tp: int) -
     return unit
 
 
+# Bytes moved for each weight and pass, forward and backward, whatever the rows: casts to bf16 and
+# of its gradient back, and the gradient's addition to the sum. By whether that is in bf16.
+PER_WEIGHT = {False: (0.0, 12.0), True: (6.0, 18.0)}
 _ROWS = 8  # at least, so that what does not grow with them hardly counts
 
 
-def profile(config: RunConfig, lengths: tuple[int, int], tp: int, exchanges: bool) -> Profile:
+def profile(
+    config: RunConfig,
+    lengths: tuple[int, int],
+    tp: int,
+    exchanges: bool,
+    device: str = "cuda",
+    update: Work | None = None,
+) -> Profile:
     """Rehearse a model of one block of each kind.
 
     Args:
@@ -84,6 +104,8 @@ def profile(config: RunConfig, lengths: tuple[int, int], tp: int, exchanges: boo
         lengths: of encoder and decoder rows.
         tp: tensor-parallel ranks.
         exchanges: whether experts lie on several ranks.
+        device: whose kernels: "cpu" or "cuda".
+        update: as another profile of this model has it, as it hardly depends on the others.
     """
     model = config.model
     steps = model.moe.encoder_sparse_step, model.moe.decoder_sparse_step
@@ -104,49 +126,45 @@ def profile(config: RunConfig, lengths: tuple[int, int], tp: int, exchanges: boo
         ),
         parallel=ParallelConfig(tp=tp, ep=ep, sequence_parallel=config.parallel.sequence_parallel),
     )
-    with absent_peers(tp * ep, 0), rehearse("cuda"):
+    with absent_peers(tp * ep, 0), rehearse(device):
         rehearsal = Rehearsal(small, Mesh.over_ranks(torch.device("cpu"), small.parallel))
         with rehearsal.prepared() as (parts, _, micro):
-            return _measure(rehearsal, parts, micro, rows)
+            return _measure(rehearsal, parts, micro, rows, update)
 
 
-def _measure(rehearsal: Rehearsal, parts: Parts, micro: MicroBatch, rows: int) -> Profile:
+def _measure(
+    rehearsal: Rehearsal, parts: Parts, micro: MicroBatch, rows: int, update: Work | None
+) -> Profile:
     recorder, model = rehearsal.recorder, parts.models[0]
     blocks = [*model.encoder.blocks, *model.decoder.blocks]
-    sizes = rehearsal.config.train
-    bf16 = sizes.precision == "bf16"
+    bf16 = rehearsal.config.train.precision == "bf16"
     seen: dict[Kind, Cost] = {}
     spent: list[Cost] = []
     for block in blocks:
         meter = _Meter(recorder, cast_bytes(block) if bf16 else 0)
         block.register_forward_pre_hook(meter.start)
         block.register_forward_hook(partial(meter.stop, seen, spent))
-    work = 0.0
-    ends = Cost()
-    for _ in range(2):  # the second time, gradients are there to be added to
-        seen.clear()
-        spent.clear()
-        whole = _Meter(recorder, 0)
-        whole.start()
-        precision = torch.bfloat16 if bf16 else torch.float32
-        output = forward(model, micro, precision)
-        tp = model.tp
-        loss, _ = training_loss(output, micro.batch, BatchSize(rows, 1), rehearsal.config, tp)
-        assert loss is not None
-        total = whole.cost()
-        casts = 2 * sum(w.local.numel() for n, w in parts.weights.items() if _is_head(n, parts))
-        del output
-        start = recorder.memory.live
-        recorder.memory.reset_peak()
-        loss.backward()
-        work = recorder.memory.peak - start
-        del loss
-        ends = Cost(
-            total.kept - sum(c.kept for c in spent) - (casts if bf16 else 0)
-            - sum(cast_bytes(b) for b in blocks) * bf16,
-            total.flops - sum(c.flops for c in spent),
-            _minus(total.traffic, spent),
-        )  # fmt: skip
+    for w in parts.weights.values():  # as of an earlier micro-batch, to be added to
+        w.parameter.grad = torch.empty_like(w.parameter)
+    whole = _Meter(recorder, 0)
+    whole.start()
+    output = forward(model, micro, torch.bfloat16 if bf16 else torch.float32)
+    tp = model.tp
+    loss, _ = training_loss(output, micro.batch, BatchSize(rows, 1), rehearsal.config, tp)
+    assert loss is not None
+    total = whole.cost()
+    head = (w for name, w in parts.weights.items() if _is_head(name, parts))
+    casts = bf16 * (sum(2 * w.local.numel() for w in head) + sum(map(cast_bytes, blocks)))
+    total.work -= Work(moved=3 * casts)
+    del output
+    start, done = recorder.memory.live, recorder.work
+    recorder.memory.reset_peak()
+    loss.backward()
+    work = float(recorder.memory.peak - start)
+    numbers = sum(w.local.numel() for w in parts.weights.values())
+    backward = recorder.work - done - Work(moved=PER_WEIGHT[bf16][1] * numbers)
+    ends = _minus(total, spent)
+    ends.kept -= casts
     # A gradient in bf16 and once more in fp32, until it is added to the sum.
     largest = 6 * max(w.local.numel() for w in parts.weights.values())
     scores = 8 * rows * rehearsal.lengths[1] * model.config.vocab_size / model.tp.size
@@ -154,7 +172,43 @@ def _measure(rehearsal: Rehearsal, parts: Parts, micro: MicroBatch, rows: int) -
         {kind: _by_row(cost, rows) for kind, cost in seen.items()},
         _by_row(ends, rows),
         (work if work > 1.05 * largest else scores) / rows,
+        _ratio(backward, total.work),
+        update or _update(rehearsal, parts),
     )
+
+
+def _update(rehearsal: Rehearsal, parts: Parts) -> Work:
+    """Of gradients that are there; the second time, so that the optimizer's states are there, too.
+
+    See `Profile.update` for the units.
+    """
+    config = rehearsal.config.optim
+    parts.gradients.finish()
+    parameters = [_piece(w.local) for w in parts.weights.values()]
+    optimizer = build_optimizer(parameters, config)
+    work = Work()
+    for _ in range(2):
+        before = rehearsal.recorder.work
+        clip_gradients(parameters, config.clip_grad_norm, rehearsal.mesh)
+        optimizer.step()
+        work = rehearsal.recorder.work - before
+    numbers = [p.numel() for p in parameters]
+    return Work(moved=work.moved / sum(numbers), operations=work.operations / len(numbers))
+
+
+def _piece(parameter: nn.Parameter) -> nn.Parameter:
+    """A stack's first expert, since an update does with all of them what it does with one."""
+    spec = spec_of(parameter)
+    if not spec.is_expert or len(parameter) == 1:
+        return parameter
+    one = nn.Parameter(parameter.detach()[:1].clone(), requires_grad=parameter.requires_grad)
+    one.grad = torch.empty_like(one)
+    return declare_spec(one, spec)
+
+
+def _ratio(work: Work, by: Work) -> Work:
+    moved = max(0.0, work.moved) / by.moved
+    return Work(work.flops / by.flops, moved, work.operations / by.operations)
 
 
 def _is_head(name: str, parts: Parts) -> bool:
@@ -180,16 +234,20 @@ class _Meter:
 
     def start(self, *_: Any) -> None:
         recorder = self.recorder
-        self._before = recorder.memory.live, recorder.flops, Counter(recorder.collectives)
+        self._before = recorder.memory.live, recorder.work, Counter(recorder.collectives)
 
     def cost(self) -> Cost:
-        live, flops, collectives = self._before
+        live, work, collectives = self._before
         traffic: Traffic = {}
-        for kind, calls in (Counter(self.recorder.collectives) - collectives).items():
+        calls: Counter[str] = Counter()
+        for kind, number in (Counter(self.recorder.collectives) - collectives).items():
             key = kind.operation, kind.axis
-            traffic[key] = traffic.get(key, 0.0) + calls * kind.size
+            traffic[key] = traffic.get(key, 0.0) + number * kind.size
+            calls[kind.axis] += number
         kept = self.recorder.memory.live - live - self.casts
-        return Cost(kept, self.recorder.flops - flops, traffic)
+        # `PER_WEIGHT` has what casts move, of which `casts` is a third.
+        spent = self.recorder.work - work - Work(moved=3 * self.casts)
+        return Cost(kept, spent, traffic, calls)
 
     def stop(self, seen: dict[Kind, Cost], spent: list[Cost], block: Block, *_: Any) -> None:
         cost = self.cost()
@@ -198,12 +256,17 @@ class _Meter:
         seen[stack, isinstance(block.ffn, SwitchFFN)] = cost
 
 
-def _minus(total: Traffic, parts: list[Cost]) -> Traffic:
-    return {
-        key: size - sum(part.traffic.get(key, 0.0) for part in parts) for key, size in total.items()
-    }
+def _minus(total: Cost, parts: list[Cost]) -> Cost:
+    traffic, calls = dict(total.traffic), Counter(total.calls)
+    for part in parts:
+        for key, size in part.traffic.items():
+            traffic[key] -= size
+        calls -= part.calls
+    work = total.work - sum((part.work for part in parts), Work())
+    return Cost(total.kept - sum(part.kept for part in parts), work, traffic, calls)
 
 
 def _by_row(cost: Cost, rows: int) -> Cost:
     traffic = {key: size / rows for key, size in cost.traffic.items()}
-    return Cost(cost.kept / rows, cost.flops / rows, traffic)
+    work = Work(cost.work.flops / rows, cost.work.moved / rows, cost.work.operations)
+    return Cost(cost.kept / rows, work, traffic, cost.calls)

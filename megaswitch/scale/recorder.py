@@ -1,4 +1,4 @@
-"""What a rehearsed step does: every tensor's life, every collective, every FLOP.
+"""What a rehearsed step does: every tensor's life, every collective, every FLOP and byte.
 
 Tensors have shapes but no memory (torch's fake tensors), so that a rank of thousands fits a laptop.
 Memory is counted by storages, as an allocator would see them: born with the first tensor on one,
@@ -22,7 +22,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from megaswitch.layers.kernels import kernels_of
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "buffers")
 
@@ -85,6 +87,11 @@ class Memory:
         self._of[lent.untyped_storage()._cdata][1].is_lent = True
         return lent
 
+    def borrow(self, size: int) -> None:
+        """So much is in use for a moment."""
+        with self.of_kind("buffers"):
+            self._die(self._born(size))
+
     def mark(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Say what these tensors are, from their birth on."""
         for tensor in tensors:
@@ -145,6 +152,34 @@ _OPERATIONS = {
 }
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a device has to do, whichever it is.
+
+    Attributes:
+        flops: of matrix products and attention.
+        moved: bytes that all other operations read and write.
+        operations: how many, products too; views, which touch nothing, are none.
+    """
+
+    flops: float = 0.0
+    moved: float = 0.0
+    operations: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.flops + other.flops,
+            self.moved + other.moved,
+            self.operations + other.operations,
+        )
+
+    def __mul__(self, times: float) -> Work:
+        return Work(self.flops * times, self.moved * times, self.operations * times)
+
+    def __sub__(self, other: Work) -> Work:
+        return self + other * -1
+
+
 class Recorder(TorchDispatchMode):
     """Sees every operation inside. Enter it within `FakeTensorMode`.
 
@@ -154,7 +189,7 @@ class Recorder(TorchDispatchMode):
     Attributes:
         memory: of all tensors.
         collectives: how many of each kind.
-        flops: of matrix products and attention.
+        work: of all operations but collectives.
     """
 
     def __init__(self, axes: Mapping[tuple[int, ...], str]) -> None:
@@ -163,7 +198,7 @@ class Recorder(TorchDispatchMode):
         self._axis_of: dict[str, str] = {}  # by the name of a group; several may be of one axis
         self.memory = Memory()
         self.collectives: Counter[Collective] = Counter()
-        self.flops = 0
+        self.work = Work()
         self._paused = False
 
     def __enter__(self) -> Recorder:
@@ -213,7 +248,7 @@ class Recorder(TorchDispatchMode):
         if func.namespace == "c10d":
             self._collective(func, args)
         else:
-            self.flops += _flops(func, args, kwargs or {}, result)
+            self.work += _work(func, args, kwargs or {}, result)
         return result
 
     def _collective(self, func: Any, args: tuple[Any, ...]) -> None:
@@ -229,6 +264,8 @@ class Recorder(TorchDispatchMode):
         )
         size = sizes[1] if operation == "all_to_all" else max(sizes)
         self.collectives[Collective(operation, self._axis(group), size)] += 1
+        if operation in ("all_gather", "reduce_scatter") and kernels_of(tensors[0]) == "cpu":
+            self.memory.borrow(size)  # gloo gathers into, and reduces, a copy of the larger tensor
 
     def _axis(self, group: dist.ProcessGroup) -> str:
         name = group.group_name
@@ -237,12 +274,51 @@ class Recorder(TorchDispatchMode):
         return self._axis_of[name]
 
 
-def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+_ATEN = torch.ops.aten
+# They neither read nor write; torch does not count the first among views.
+_IDLE = {_ATEN._unsafe_view, _ATEN.empty, _ATEN.empty_like, _ATEN.new_empty, _ATEN.empty_strided,
+         _ATEN.new_empty_strided, _ATEN.lift_fresh}  # fmt: skip
+# They read as much of their first tensor as they write.
+_LOOKUPS = {_ATEN.embedding, _ATEN.index_select, _ATEN.gather, _ATEN.index}
+
+
+def _work(func: Any, args: Any, kwargs: Any, result: Any) -> Work:
     packet = func._overloadpacket
-    if packet is torch.ops.aten._grouped_mm:
+    if func.is_view or packet in _IDLE:
+        return Work()
+    flops = _flops(packet, args, kwargs, result)
+    if flops is not None:
+        return Work(flops=flops, operations=1)
+    given = [_size(leaf) for leaf in tree_leaves((args, kwargs))]
+    made = sum(_size(leaf) for leaf in tree_leaves(result))
+    changed = [
+        argument
+        for argument, kind in zip(args, func._schema.arguments, strict=False)
+        if kind.alias_info is not None and kind.alias_info.is_write
+    ]
+    if changed:  # what is returned is what was given
+        made = sum(_size(leaf) for leaf in tree_leaves(changed))
+    read = made + sum(given[1:]) if packet in _LOOKUPS else sum(given)
+    return Work(moved=read + made, operations=1)
+
+
+def _size(leaf: Any) -> int:
+    """Bytes of memory behind a tensor, of which an expanded one has few."""
+    if not isinstance(leaf, Tensor):
+        return 0
+    return min(leaf.numel() * leaf.element_size(), leaf.untyped_storage().nbytes())
+
+
+def _flops(packet: Any, args: Any, kwargs: Any, result: Any) -> int | None:
+    """None: no product."""
+    if packet is _ATEN._grouped_mm:
         return _grouped_flops(args[0], args[1], result)
+    if packet is _ATEN._scaled_dot_product_flash_attention_for_cpu:
+        return sdpa_flop_count(*(t.shape for t in args[:3]))
+    if packet is _ATEN._scaled_dot_product_flash_attention_for_cpu_backward:
+        return sdpa_backward_flop_count(*(t.shape for t in args[:4]))
     formula: Callable[..., int] | None = flop_registry.get(packet)
-    return formula(*args, **kwargs, out_val=result) if formula else 0
+    return formula(*args, **kwargs, out_val=result) if formula else None
 
 
 def _grouped_flops(a: Tensor, b: Tensor, result: Tensor) -> int:

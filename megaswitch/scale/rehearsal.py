@@ -7,12 +7,14 @@ that answer, so the order of actions is taken from the schedule and its stages a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -33,7 +35,7 @@ from megaswitch.parallel.mesh import Mesh
 from megaswitch.parallel.pipeline import Pipeline
 from megaswitch.parallel.weights import Weight
 from megaswitch.rules_parallel import check_sequence_parallel
-from megaswitch.scale.recorder import Collective, Recorder
+from megaswitch.scale.recorder import Collective, Recorder, Work
 from megaswitch.scale.steps import PipelineSteps, PlainSteps
 from megaswitch.train.objectives import MicroBatch
 from megaswitch.train.parts import Parts, build_parts
@@ -59,7 +61,7 @@ class RankStep:
         memory: bytes by kind when most were in use.
         resident: bytes between two steps.
         collectives: calls of each kind.
-        flops: of matrix products and attention, recomputed ones too.
+        work: of all operations, recomputed ones too.
         micro_batches: of a step.
     """
 
@@ -72,7 +74,7 @@ class RankStep:
     memory: dict[str, int]
     resident: int
     collectives: dict[Collective, int]
-    flops: int
+    work: Work
     micro_batches: int
 
     @property
@@ -81,7 +83,9 @@ class RankStep:
         return sum(self.memory.values())
 
 
-def rehearse_rank(config: RunConfig, world: int, rank: int, kind: str) -> RankStep:
+def rehearse_rank(
+    config: RunConfig, world: int, rank: int, kind: str, reads: Sequence[Any] = ()
+) -> RankStep:
     """Run one training step of a rank without its peers and without memory.
 
     Args:
@@ -89,6 +93,8 @@ def rehearse_rank(config: RunConfig, world: int, rank: int, kind: str) -> RankSt
         world: number of ranks.
         rank: which.
         kind: whose kernels: "cpu" or "cuda".
+        reads: what the host read of routing in a micro-batch of a real run, in order; empty: an
+            even load.
 
     Raises:
         ConfigError: the decoder's rows do not suit the layout.
@@ -103,7 +109,7 @@ def rehearse_rank(config: RunConfig, world: int, rank: int, kind: str) -> RankSt
             "rehearse for a CPU"
         )
     with absent_peers(world, rank), rehearse(kind):
-        return Rehearsal(config, Mesh.over_ranks(_CPU, config.parallel)).run()
+        return Rehearsal(config, Mesh.over_ranks(_CPU, config.parallel), reads).run()
 
 
 def schedule_orders(config: RunConfig, world: int) -> dict[int, list[Any]]:
@@ -123,8 +129,9 @@ def schedule_orders(config: RunConfig, world: int) -> dict[int, list[Any]]:
 class Rehearsal:
     """One rank, ready to be stepped."""
 
-    def __init__(self, config: RunConfig, mesh: Mesh) -> None:
+    def __init__(self, config: RunConfig, mesh: Mesh, reads: Sequence[Any] = ()) -> None:
         self.config, self.mesh = in_torch(config), mesh
+        self.reads = itertools.cycle(reads) if reads else None
         self.lengths = row_lengths(config)
         self.recorder = Recorder(_axis_names(mesh))
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -139,7 +146,7 @@ class Rehearsal:
         with self.prepared() as (parts, runner, micro):
             optimizer = build_optimizer(parts.parameters(), self.config.optim)
             step = PipelineSteps if runner.has_pipeline else PlainSteps
-            collectives, flops = step(self, parts, runner, optimizer, micro).count()
+            collectives, work = step(self, parts, runner, optimizer, micro).count()
             resident = self.memory.live
         weights = parts.weights.values()
         return RankStep(
@@ -153,7 +160,7 @@ class Rehearsal:
             self.memory.at_peak(),
             resident,
             {c: n for c, n in sorted(collectives.items()) if n and self.mesh.size > 1},
-            flops,
+            work,
             self.micro_batches,
         )  # fmt: skip
 
@@ -219,6 +226,10 @@ class Rehearsal:
         moe, ep = self.config.model.moe, self.mesh.axis("ep").size
 
         def tolist(tensor: Tensor) -> Any:
+            if self.reads:
+                read = next(self.reads)
+                assert np.shape(read) == tensor.shape, "this was read of another run"
+                return read
             if tensor.ndim == 1:  # where the rows of each expert here end
                 share = self.tokens * ep / moe.num_experts
                 share = min(share, self._slots() * ep)

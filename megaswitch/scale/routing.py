@@ -78,7 +78,12 @@ def _measured(path: Path, experts: int) -> NDArray[np.float64]:
 
 
 def simulate_routing(
-    config: RunConfig, model: str, lengths: tuple[int, int], *, seed: int = 0
+    config: RunConfig,
+    model: str,
+    lengths: tuple[int, int],
+    *,
+    seed: int = 0,
+    most_layers: int | None = None,
 ) -> dict[str, Load]:
     """Draw a step of the global batch; the load of each stack's Switch layers, on average.
 
@@ -87,6 +92,7 @@ def simulate_routing(
         model: see `shares`.
         lengths: of encoder and decoder rows.
         seed: of the draws.
+        most_layers: to draw of a stack; None: all.
 
     Returns:
         by stack that has Switch layers.
@@ -100,7 +106,8 @@ def simulate_routing(
     for stack, length in zip(("encoder", "decoder"), lengths, strict=True):
         layers = sum(name.startswith(stack) for name in config.model.switch_layers())
         if layers:
-            loads = [_layer(config, share, length, lengths[0], random) for _ in range(layers)]
+            drawn = range(min(layers, most_layers or layers))
+            loads = [_layer(config, share, length, lengths[0], random) for _ in drawn]
             fields = ("dropped", "busiest_expert", "busiest_rank")
             found[stack] = Load(*(float(np.mean([getattr(x, f) for x in loads])) for f in fields))
     return found

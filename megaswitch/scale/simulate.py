@@ -9,6 +9,7 @@ from typing import Any
 from megaswitch.config import RunConfig
 from megaswitch.model.count import block_flops, head_flops
 from megaswitch.model.stages import balance
+from megaswitch.scale.hardware import Hardware
 from megaswitch.scale.rehearsal import RankStep, rehearse_rank, schedule_orders
 from megaswitch.scale.routing import Load, simulate_routing
 from megaswitch.scale.timeline import Span, lay_out
@@ -22,12 +23,14 @@ class Simulation:
     Attributes:
         world: ranks.
         steps: of the rehearsed ranks.
+        seconds: of each rank's step, see `step_seconds`; empty where no hardware is known.
         loads: of the experts, by stack.
         spans: of the pipeline, in forward FLOPs of a micro-batch; empty without one.
     """
 
     world: int
     steps: list[RankStep]
+    seconds: list[dict[str, float]]
     loads: dict[str, Load]
     spans: list[Span]
 
@@ -52,7 +55,12 @@ class Simulation:
 
 
 def simulate(
-    config: RunConfig, world: int, ranks: Sequence[int] | None, kind: str, routing: str
+    config: RunConfig,
+    world: int,
+    ranks: Sequence[int] | None,
+    kind: str,
+    routing: str,
+    hardware: Hardware | None = None,
 ) -> Simulation:
     """Rehearse ranks, lay the pipeline out and draw the routing of the whole world.
 
@@ -63,13 +71,55 @@ def simulate(
             there are like.
         kind: whose kernels: "cpu" or "cuda".
         routing: see `routing.shares`.
+        hardware: of each rank, to tell times, too.
     """
     lengths = row_lengths(config)
     loads = simulate_routing(config, routing, lengths)
     pp = config.parallel.pp
     chosen = range(0, world, world // pp) if ranks is None else ranks
     steps = [rehearse_rank(config, world, rank, kind) for rank in chosen]
-    return Simulation(world, steps, loads, timeline(config, world, lengths) if pp > 1 else [])
+    seconds = [step_seconds(step, config, world, hardware) for step in steps] if hardware else []
+    spans = timeline(config, world, lengths) if pp > 1 else []
+    return Simulation(world, steps, seconds, loads, spans)
+
+
+def step_seconds(
+    step: RankStep, config: RunConfig, world: int, hardware: Hardware
+) -> dict[str, float]:
+    """What a rehearsed rank's step takes: "compute", and what it tells others by axis.
+
+    Nothing hides behind anything else, and nobody waits: on CPUs these are the seconds that a rank
+    keeps its cores busy.
+    """
+    axes = _axes(config, world)
+    seconds = {"compute": hardware.seconds_of(step.work, bf16=config.train.precision == "bf16")}
+    for kind, calls in step.collectives.items():
+        ranks, stride = axes[kind.axis]
+        took = hardware.seconds_to_send(
+            kind.operation, calls * kind.size, calls=calls, ranks=ranks, stride=stride
+        )
+        seconds[kind.axis] = seconds.get(kind.axis, 0.0) + took
+    return seconds
+
+
+def _axes(config: RunConfig, world: int) -> dict[str, tuple[int, int]]:
+    """By name of an axis, its ranks and how far apart they stand, in the order of `Mesh`."""
+    parallel = config.parallel
+    pp, ep, tp = parallel.pp, parallel.ep, parallel.tp
+    edp = world // (pp * ep * tp)
+    replicas = parallel.replicas if parallel.zero != "none" else edp
+    shards = edp // replicas
+    return {
+        "tp": (tp, 1),
+        "ep": (ep, tp),
+        "edp": (edp, ep * tp),
+        "dp": (edp * ep, tp),
+        "shard": (shards, ep * tp),
+        "dense_shard": (shards * ep, tp),
+        "replica": (replicas, shards * ep * tp),
+        "pp": (pp, world // pp),
+        "world": (world, 1),
+    }
 
 
 def timeline(config: RunConfig, world: int, lengths: tuple[int, int]) -> list[Span]:
@@ -111,7 +161,9 @@ def as_table(simulation: Simulation) -> dict[str, Any]:
                 "peak_bytes": s.peak,
                 "peak_bytes_by_kind": s.memory,
                 "resident_bytes": s.resident,
-                "flops": s.flops,
+                "flops": s.work.flops,
+                "moved_bytes": s.work.moved,
+                "operations": s.work.operations,
                 "micro_batches": s.micro_batches,
                 "collectives": [
                     {"operation": c.operation, "axis": c.axis, "bytes": c.size, "calls": n}
@@ -120,5 +172,6 @@ def as_table(simulation: Simulation) -> dict[str, Any]:
             }
             for s in simulation.steps
         ],
+        "seconds": simulation.seconds,
         "routing": {stack: vars(load) for stack, load in simulation.loads.items()},
     }

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from megaswitch.config import ModelConfig
 from megaswitch.model.count import count, meta_model
@@ -21,6 +22,31 @@ class Sized:
     shape: tuple[int, ...]
     spec: ShardSpec
     block: int | None
+
+
+Kind = tuple[str, bool]  # stack, and whether the block is sparse
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Blocks of one kind whose parameters have the same shapes; those of one of them."""
+
+    kind: Kind
+    number: int
+    parameters: tuple[Sized, ...]
+
+
+@dataclass(frozen=True)
+class Held:
+    """What some stages hold, each parameter once: blocks, and what lies beside them."""
+
+    blocks: tuple[Alike, ...]
+    ends: tuple[Sized, ...]
+
+    @property
+    def groups(self) -> list[tuple[Sized, ...]]:
+        """Parameters of a block of each sort, and the ends."""
+        return [*(alike.parameters for alike in self.blocks), self.ends]
 
 
 P = ParamSpec("P")
@@ -80,6 +106,40 @@ def of_stage(model: ModelConfig, stage: Stage) -> tuple[Sized, ...]:
         return stage.last
 
     return tuple(p for p in parameters(model) if here(p))
+
+
+@_once
+def held_by(model: ModelConfig, stages: tuple[Stage, ...]) -> Held:
+    """The parameters of stages that are on one rank."""
+    ends = {p.name: p for s in stages for p in of_stage(model, s) if p.block is None}
+    sorts = _sorts(model)
+    numbers = Counter(id(sorts[block]) for s in stages for block in s.blocks)
+    first = {id(sort): sort for sort in sorts}
+    blocks = (Alike(first[key].kind, number, first[key].parameters) for key, number in
+              numbers.items())  # fmt: skip
+    return Held(tuple(blocks), tuple(ends.values()))
+
+
+@_once
+def _sorts(model: ModelConfig) -> list[Alike]:
+    """Of each block, the first that is like it, so that sums over it can be remembered."""
+    of_block: dict[int, list[Sized]] = defaultdict(list)
+    for p in parameters(model):
+        if p.block is not None:
+            of_block[p.block].append(p)
+    known: dict[Any, Alike] = {}
+    found = []
+    for block in sorted(of_block):
+        own, kind = of_block[block], _kind(model, block)
+        key = kind, tuple((p.shape, p.spec) for p in own)
+        found.append(known.setdefault(key, Alike(kind, 1, tuple(own))))
+    return found
+
+
+def _kind(model: ModelConfig, block: int) -> Kind:
+    encoder = block < model.num_encoder_layers
+    stack: Literal["encoder", "decoder"] = "encoder" if encoder else "decoder"
+    return stack, model.is_sparse(stack, block if encoder else block - model.num_encoder_layers)
 
 
 @_once

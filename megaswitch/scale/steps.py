@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from megaswitch.config import RunConfig
 from megaswitch.optim.build import clip_gradients
 from megaswitch.parallel.mesh import Mesh
-from megaswitch.scale.recorder import Collective, Recorder
+from megaswitch.scale.recorder import Collective, Recorder, Work
 from megaswitch.train.objectives import BatchSize, MicroBatch
 from megaswitch.train.parts import Parts
 from megaswitch.train.runner import Runner, nothing
@@ -30,7 +30,7 @@ class Rehearsed(Protocol):
     micro_batches: int
 
 
-Counts = tuple[Counter[Collective], int]
+Counts = tuple[Counter[Collective], Work]
 
 
 class PlainSteps:
@@ -61,7 +61,7 @@ class PlainSteps:
         return _extrapolate(second, _difference(second, first), number - 2)
 
     def _step(self, micro_batches: int) -> Counts:
-        before = Counter(self.recorder.collectives), self.recorder.flops
+        before = Counter(self.recorder.collectives), self.recorder.work
         with self.memory.of_kind("activations"):
             self._backward(micro_batches)
         with self.memory.of_kind("buffers"):
@@ -81,7 +81,7 @@ class PlainSteps:
                 "optimizer",
             )
         self.parts.gradients.clear()
-        return _difference((self.recorder.collectives, self.recorder.flops), before)
+        return _difference((self.recorder.collectives, self.recorder.work), before)
 
     def _backward(self, micro_batches: int) -> None:
         self.runner.backward([self.micro] * micro_batches, self.whole, nothing)
@@ -95,7 +95,7 @@ def _extrapolate(counts: Counts, one: Counts, times: int) -> Counts:
     total = Counter(counts[0])
     for key, calls in one[0].items():
         total[key] += times * calls
-    return total, counts[1] + times * one[1]
+    return total, counts[1] + one[1] * times
 
 
 class PipelineSteps(PlainSteps):
@@ -142,16 +142,16 @@ class PipelineSteps(PlainSteps):
         self._kept: dict[tuple[int, int], tuple[Any, list[Tensor]]] = {}
         self._waiting: dict[tuple[int, int], Any] = {}
         seen: Counter[Any] = Counter()
-        self._last: Counts = Counter(), 0
+        self._last: Counts = Counter(), Work()
         for action in orders[pipeline.axis.rank]:
             kind = action.computation_type.name
             # torch's lists for one stage number their forward passes from 1 on the last rank.
             number = seen[kind] if single else action.microbatch_index
             seen[kind] += 1
-            before = Counter(self.recorder.collectives), self.recorder.flops
+            before = Counter(self.recorder.collectives), self.recorder.work
             self._act(kind, action.stage_index, number)
             if number == micro_batches - 1:
-                now = self.recorder.collectives, self.recorder.flops
+                now = self.recorder.collectives, self.recorder.work
                 self._last = _extrapolate(self._last, _difference(now, before), 1)
         for stage in self._stages.values():
             if single and isinstance(stage.submod, FSDPModule):

@@ -1,5 +1,6 @@
 """The collectives of a training step are those that the formulas say, and no more."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -48,15 +49,18 @@ def plan_config(case: Case) -> RunConfig:
     return replace(whole, parallel=replace(whole.parallel, layers_per_stage=stages))
 
 
-def count(config: RunConfig) -> Traffic:
-    """The second step's collectives on this rank: the first makes what stays."""
+def count(config: RunConfig, listen: Any = nullcontext) -> Traffic:
+    """The second step's collectives on this rank: the first makes what stays.
+
+    `listen` makes a context in which each step runs.
+    """
     with working_in(torch.float64):
         training = Training.start(config)
         runner = Runner(config, training.mesh, training.parts)
         size = BatchSize(ROWS, int(whole_batch().decoder_mask.sum()))
         for step in range(2):
             micro = training.micro_batches(step)
-            with counted(training.mesh) as traffic:
+            with counted(training.mesh) as traffic, listen():
                 runner.backward(micro, size, lambda output, sums, one: None)
                 training.parts.gradients.finish()
                 clip_gradients(training.parts.parameters(), CLIP, training.mesh)

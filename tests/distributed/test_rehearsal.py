@@ -1,8 +1,11 @@
 """A rank rehearsed on shapes sends, and holds, what a real one does."""
 
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from megaswitch.train.runner import Runner
 from tests.distributed.equality import Training, working_in
 from tests.distributed.layouts import CLIP, Case, case, config
 from tests.distributed.test_collectives_counted import count, plan_config
+from tests.distributed.traffic import Traffic
 from tests.distributed.world import World
 
 SENT: dict[str, Case] = {
@@ -35,18 +39,57 @@ def tiers(cases: dict[str, Case], short: set[str]) -> list[Any]:
     return [name if name in short else pytest.param(name, marks=pytest.mark.long) for name in cases]
 
 
+def sent(run: RunConfig, ranks: int, rank: int, reads: Sequence[Any] = ()) -> dict[Any, Any]:
+    """Calls and bytes of a rehearsed rank, as `Traffic.table` has them."""
+    with working_in(torch.float64):
+        step = rehearse_rank(run, ranks, rank, "cpu", reads)
+    found: dict[Any, tuple[int, int]] = defaultdict(lambda: (0, 0))
+    for kind, calls in step.collectives.items():
+        key = kind.operation, kind.axis
+        found[key] = found[key][0] + calls, found[key][1] + calls * kind.size
+    return dict(found)
+
+
 @pytest.mark.parametrize("name", tiers(SENT, {"ep and tp, sequence", "pp"}))
 def test_bytes_of_each_collective_are_those_of_a_real_run(world: World, name: str):
     chosen = SENT[name]
     run = plan_config(chosen)
     for rank, traffic in enumerate(world.run(chosen.ranks, count, run)):
-        with working_in(torch.float64):
-            step = rehearse_rank(run, chosen.ranks, rank, "cpu")
-        found: dict[Any, tuple[int, int]] = defaultdict(lambda: (0, 0))
-        for kind, calls in step.collectives.items():
-            key = kind.operation, kind.axis
-            found[key] = found[key][0] + calls, found[key][1] + calls * kind.size
-        assert dict(found) == traffic.table()
+        assert sent(run, chosen.ranks, rank) == traffic.table()
+
+
+DROPLESS: dict[str, Case] = {
+    "ep": case("ep4", zero="none", ep_chunks=1, capacity_mode="dropless"),
+    "ep, chunks": case("ep2", zero="none", ep_chunks=2, capacity_mode="dropless"),
+    "ep and tp": case("ep2·tp2", zero="none", sequence_parallel=True, capacity_mode="dropless"),
+}
+
+
+def count_and_read(run: RunConfig) -> tuple[Traffic, list[Any]]:
+    """A step's collectives, and what the host read of its routing."""
+    reads: list[Any] = []
+    tolist = torch.Tensor.tolist
+
+    def read(tensor: torch.Tensor) -> Any:
+        reads.append(tolist(tensor))
+        return reads[-1]
+
+    @contextmanager
+    def listen() -> Iterator[None]:
+        reads.clear()
+        with mock.patch.object(torch.Tensor, "tolist", read):
+            yield
+
+    return count(run, listen), reads
+
+
+@pytest.mark.parametrize("name", tiers(DROPLESS, {"ep, chunks"}))
+def test_without_capacity_bytes_are_those_of_the_same_routing(world: World, name: str):
+    chosen = DROPLESS[name]
+    run = plan_config(chosen)
+    for rank, (traffic, reads) in enumerate(world.run(chosen.ranks, count_and_read, run)):
+        assert sent(run, chosen.ranks, rank, reads) == traffic.table()
+        assert sent(run, chosen.ranks, rank) != traffic.table()  # routing is not even
 
 
 HELD: dict[str, Case] = {
@@ -58,8 +101,8 @@ HELD: dict[str, Case] = {
     "zero, full": case("edp2", zero="full", activation_checkpointing=True),
     "ep": case("ep2", zero="none", activation="gated-gelu"),
     "tp": case("tp2", sequence_parallel=True),
-    # ep with tp is not here: real runs held 2 to 9 % more, which varies from run to run, so most
-    # likely copies that gloo's threads make.
+    "ep and tp": case("ep2·tp2", zero="none", sequence_parallel=True),
+    "ep and tp, whole sequence": case("ep2·tp2", zero="none", sequence_parallel=False),
     "pp": case("pp2", schedule="1f1b", micro_batches=2),
     "pp and ep": case("pp2·ep2", schedule="1f1b", zero="none", micro_batches=2),
 }

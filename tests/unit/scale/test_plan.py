@@ -1,20 +1,24 @@
 """Plans: their memory is that of a rehearsal, their layouts keep the rules."""
 
+import re
 import subprocess
+from collections import Counter, defaultdict
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 
 from megaswitch.config import from_toml, model_config
 from megaswitch.log import UserError
-from megaswitch.model.count import meta_model
+from megaswitch.model.count import count, meta_model
 from megaswitch.model.stages import keep_only, plan_stages
 from megaswitch.rules import check
 from megaswitch.scale.estimate import estimate
 from megaswitch.scale.hardware import known, load_hardware
-from megaswitch.scale.plan import sbatch, search
-from megaswitch.scale.profile import profile
+from megaswitch.scale.plan import _candidates, sbatch, search
+from megaswitch.scale.profile import Cost, Profile, profile
+from megaswitch.scale.recorder import Work
 from megaswitch.scale.rehearsal import rehearse_rank
 from megaswitch.scale.sizes import of_stage
 from megaswitch.train.placement import row_lengths
@@ -37,7 +41,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+SHORT = {"ep, tp"}
+TIERS = [n if n in SHORT else pytest.param(n, marks=pytest.mark.long) for n in CASES]
+
+
+@pytest.mark.parametrize("name", TIERS)
 def test_memory_is_that_of_a_rehearsal(name):
     world, config = CASES[name]
     lengths = row_lengths(config)
@@ -61,10 +69,26 @@ def test_stages_have_the_parameters_of_the_real_ones(preset):
             assert [p.name for p in of_stage(model, stage)] == [name for name, _ in real]
 
 
+def made_up(tp: int, exchanges: bool) -> Profile:
+    """Costs of the sizes that a rehearsal finds, without one."""
+    traffic = {("all_reduce", "tp"): 1e6} if tp > 1 else {}
+    calls = Counter(tp=4) if tp > 1 else Counter()
+    if exchanges:
+        traffic["all_to_all", "ep"] = 1e6
+        calls["ep"] = 2
+    dense = Cost(2e7 / tp, Work(1e9 / tp, 3e7 / tp, 100.0), traffic, calls)
+    kinds = [(stack, sparse) for stack in ("encoder", "decoder") for sparse in (False, True)]
+    ends = Cost(1e6, Work(1e9, 1e7, 50.0))
+    return Profile(
+        dict.fromkeys(kinds, dense), ends, 1e7, Work(2.0, 2.0, 2.0), Work(moved=30.0, operations=9)
+    )
+
+
 @pytest.fixture(scope="module")
 def plan():
     config = from_toml('[model]\npreset = "switch-base-8"\n[train]\nprecision = "bf16"')
-    return search(replace(config, train=replace(config.train, batch_size=512)), 16, H100)
+    config = replace(config, train=replace(config.train, batch_size=512))
+    return search(config, 16, H100, profiles=made_up)
 
 
 def test_plans_keep_the_rules_and_fit(plan):
@@ -78,6 +102,69 @@ def test_plans_keep_the_rules_and_fit(plan):
     assert plan.rejected["fits, but is slower"] > 0
 
 
+def test_what_a_search_leaves_out_is_slower_indeed():
+    """Recomputing, and gathering twice, where neither is needed."""
+    config = from_toml(f"{BASE}batch_size = 32")
+    lengths = row_lengths(config)
+    best = search(config, 2, H100, keep=1000, profiles=made_up)
+    kept = {repr((one.config.parallel, one.config.train)) for one in best.best}
+    ways: dict[str, list[float]] = defaultdict(list)
+    for variants in _candidates(config, 2, H100, lengths):
+        if check(variants[0], 2):
+            continue
+        for one in variants:
+            took = estimate(one, 2, lengths, made_up, H100).seconds.total
+            taken = repr((one.parallel, one.train)) in kept
+            ways["taken" if taken else "left"].append(took)
+            if not taken:
+                others = (v for v in variants if repr((v.parallel, v.train)) in kept)
+                assert (
+                    min(estimate(v, 2, lengths, made_up, H100).seconds.total for v in others)
+                    <= took
+                )
+    assert ways["taken"]
+    assert ways["left"]
+
+
+def test_uneven_experts_cost_time_and_without_capacity_memory():
+    config = from_toml(f"{BASE}batch_size = 64\n[parallel]\nep = 4")
+    lengths = row_lengths(config)
+    profiles = made_up
+    uneven = {"encoder": 2.0, "decoder": 1.5}
+    dropless = replace(config.model, moe=replace(config.model.moe, capacity_mode="dropless"))
+    for model, grows in ((config.model, False), (dropless, True)):
+        run = replace(config, model=model)
+        even, other = (estimate(run, 4, lengths, profiles, H100, b) for b in ({}, uneven))
+        assert even.seconds.imbalance == 0
+        # 8 rows of 512 and 114 tokens go through one Switch layer of each stack, there and back.
+        flops = 3 * 4 * 128 * 512 * 8 * 2 * (512 * 1.0 + 114 * 0.5)
+        expected = flops / (H100.bf16_flops * H100.matmul_efficiency)
+        assert other.seconds.imbalance == pytest.approx(expected)
+        assert (other.memory.activations > even.memory.activations) == grows
+        assert other.seconds.total > even.seconds.total
+
+
+def test_a_search_counts_how_uneven_experts_are():
+    config = from_toml(f"{BASE}batch_size = 64")
+    even, uneven = (
+        search(config, 4, H100, routing=r, profiles=made_up) for r in ("uniform", "zipf:1.0")
+    )
+    assert all(one.seconds.imbalance == 0 for one in even.best)
+    assert any(one.seconds.imbalance > 0 for one in uneven.best if one.config.parallel.ep > 1)
+    with pytest.raises(UserError, match="readable JSON"):
+        search(config, 4, H100, routing="no such file", profiles=made_up)
+
+
+def test_a_checkpoint_is_all_weights_and_states_once():
+    world, config = CASES["pp"]
+    saved = estimate(config, world, row_lengths(config), made_up, H100).checkpoint
+    numbers = count(config.model).total_parameters
+    assert 4 * numbers < saved.size < 4.4 * numbers  # Adafactor's states are small
+    assert saved.write == pytest.approx(saved.copy * H100.host_bandwidth / H100.disk_bandwidth)
+    # The last of two pipeline ranks has three of four blocks, and half of their experts.
+    assert 0.5 * saved.size < saved.write * H100.disk_bandwidth < 0.6 * saved.size
+
+
 def test_the_job_starts_all_ranks(plan):
     text = sbatch(plan.best[0], H100, "run.toml")
     assert "#SBATCH --nodes=2" in text
@@ -88,19 +175,50 @@ def test_the_job_starts_all_ranks(plan):
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
 
 
-def test_where_nothing_fits_a_plan_says_what_would():
-    config = from_toml(f'[model]\npreset = "switch-base-8"\n[optim]\n{ADAMW}\n[train]\n'
-                       'precision = "bf16"\nbatch_size = 64')  # fmt: skip
-    # 619M parameters: 9.9 GB with AdamW's states, and activations of 16 rows.
-    small = replace(H100, memory=9e9)
-    plan = search(config, 1, small)
+SBATCH = Path(__file__).resolve().parents[3] / "examples/slurm/pretrain.sbatch"
+
+
+def test_the_job_asks_for_what_the_example_does(plan):
+    """The job of eight GPUs a node that examples/slurm has; only the number of nodes differs."""
+    ours, theirs = (
+        dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", text, re.MULTILINE))
+        for text in (sbatch(plan.best[0], H100, "run.toml"), SBATCH.read_text(encoding="utf-8"))
+    )
+    keys = ("ntasks-per-node", "gpus-per-node", "exclusive", "requeue", "signal", "open-mode")
+    assert {key: ours[key] for key in keys} == {key: theirs[key] for key in keys}
+
+
+def test_where_nothing_fits_a_plan_says_the_smallest_change_that_does():
+    config = from_toml(f"{BASE}batch_size = 64\n[optim]\n{ADAMW}")
+    leanest = search(config, 2, replace(H100, memory=1e6, node_gpus=1), profiles=made_up).smallest
+    assert leanest is not None
+    small = replace(H100, memory=0.98 * leanest.memory.total, node_gpus=1)
+
+    def fits(world: int, run=config, hardware=small) -> bool:
+        return bool(search(run, world, hardware, profiles=made_up).best)
+
+    plan = search(config, 2, small, profiles=made_up)
     assert not plan.best
-    assert plan.smallest is not None
-    assert plan.remedies
-    words = plan.remedies[0].split()
-    assert words[0].startswith("--")
-    if words[0] == "--world":
-        assert search(config, int(words[1]), small).best
+    optimizer, ranks, machine = (remedy.split(" needs ")[0] for remedy in plan.remedies)
+    assert optimizer == "--optim.name=adafactor"
+    assert fits(2, replace(config, optim=replace(config.optim, name="adafactor")))
+    world, *words = ranks.removeprefix("--world ").split()
+    more = replace(config, train=replace(config.train, batch_size=_batch(words, 64)))
+    assert fits(int(world), more)
+    assert not any(fits(fewer) for fewer in range(2, int(world)))
+    assert machine == "--hardware a100"  # the least memory of those that have more
+    assert fits(2, hardware=load_hardware("a100"))
+
+
+def _batch(words: list[str], usual: int) -> int:
+    return int(words[0].removeprefix("--train.batch_size=")) if words else usual
+
+
+def test_where_nothing_helps_a_plan_says_what_is_needed():
+    config = from_toml(f"{BASE}batch_size = 8")
+    plan = search(config, 1, replace(H100, memory=1e3, device="cpu"), profiles=made_up)
+    (remedy,) = plan.remedies
+    assert remedy.startswith("the leanest layout needs GPUs of")
 
 
 def test_hardware_files_are_read_with_care(tmp_path):

@@ -1,0 +1,263 @@
+"""A hardware file of this machine, measured: kernels, real training steps, a small group, the disk.
+
+Kernels tell what the machine can do at best. What it does in training is found from steps of small
+models, each rehearsed and run: times of a FLOP, a byte and an operation that explain all of them
+best, none better than the kernel's own.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli_w
+import torch
+
+from megaswitch.config import load_config
+from megaswitch.log import UserError, info
+from megaswitch.parallel.mesh import Mesh
+from megaswitch.scale.hardware import Hardware, load_hardware
+from megaswitch.scale.links import Link, measure_links
+from megaswitch.scale.recorder import Work
+from megaswitch.scale.rehearsal import rehearse_rank
+from megaswitch.scale.stopwatch import least_seconds, step_seconds
+
+_REPEATS = 5
+_PRODUCTS = ((512, 512, 2048), (1024, 1024, 1024), (2048, 512, 2048))
+_SIZES = (1 << 18, 1 << 20, 1 << 22)  # numbers of an array, from a cache's to a memory's
+_DISK = 64 << 20  # bytes
+_TINY = ("--model.preset=switch-tiny", "--train.device=cpu", "--data.encoder_length=128",
+         "--data.decoder_length=32")  # fmt: skip
+# Between them, each of the three times is most of a step.
+STEPS: dict[str, tuple[str, ...]] = {
+    "few tokens": ("--train.micro_batch_size=4", "--train.batch_size=4", "--model.d_model=64"),
+    "many tokens": ("--train.micro_batch_size=32", "--train.batch_size=32"),
+    "wide, dense": ("--model.preset=t5-tiny", "--model.d_model=512", "--model.d_ff=2048",
+                    "--train.micro_batch_size=8", "--train.batch_size=8"),
+    "large vocabulary": ("--model.vocab_size=16384", "--train.micro_batch_size=4",
+                         "--train.batch_size=8"),
+    "32 experts": ("--model.moe.num_experts=32", "--train.micro_batch_size=16",
+                   "--train.batch_size=16", "--model.dropout=0.0"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A real step: what it did, and how long that took."""
+
+    name: str
+    work: Work
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured, and the machine that explains it."""
+
+    hardware: Hardware
+    steps: list[Sample]
+    links: list[Link]
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Predicted by measured seconds of the steps that the machine was fitted to."""
+        return {
+            s.name: self.hardware.seconds_of(s.work, bf16=False) / s.seconds for s in self.steps
+        }
+
+
+def calibrate(device: str, ranks: int, folder: Path, links_of: str | None = None) -> Calibration:
+    """Measure this machine.
+
+    Args:
+        device: "cpu" or "cuda".
+        ranks: that share the machine; a group of so many is measured.
+        folder: on the disk that checkpoints are written to.
+        links_of: a known machine whose links to take, instead of measuring a group.
+
+    Raises:
+        UserError: there are not as many GPUs.
+    """
+    gpus = torch.cuda.device_count()
+    if device == "cuda" and gpus < (1 if links_of else ranks):
+        raise UserError(
+            f"--ranks {ranks} needs as many GPUs, and this machine has {gpus}; a machine of one "
+            "takes links from a known one, such as --links-of h100"
+        )
+    place = torch.device(device)
+    info("measuring kernels …")
+    kernels = _kernels(place)
+    info("measuring training steps …")
+    steps = [_sample(name, words, place) for name, words in STEPS.items()]
+    fitted = fit(steps, kernels)
+    info("measuring a group …")
+    links = [] if links_of else measure_links(device, ranks)
+    like = load_hardware(links_of) if links_of else None
+    return Calibration(_hardware(place, ranks, folder, kernels, fitted, links, like), steps, links)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The best that single operations reach, in units of a second."""
+
+    fp32_flops: float
+    bf16_flops: float
+    memory_bandwidth: float
+    operation: float
+    copied: float  # bytes per second to memory of the host
+
+
+def _kernels(device: torch.device) -> Kernels:
+    def products(dtype: torch.dtype) -> float:
+        rates = []
+        for m, k, n in _PRODUCTS:
+            a = torch.randn(m, k, device=device, dtype=dtype)
+            b = torch.randn(k, n, device=device, dtype=dtype)
+            seconds = least_seconds(partial(torch.mm, a, b), device, _REPEATS)
+            rates.append(2 * m * k * n / seconds)
+        return max(rates)
+
+    moved = []
+    for size in _SIZES:
+        x, y, z = torch.randn(3, size, device=device)
+        seconds = least_seconds(partial(torch.mul, x, y, out=z), device, _REPEATS)
+        moved.append(12 * size / seconds)
+    few = torch.ones(16, device=device)
+    times = 1000
+    start = least_seconds(lambda: [few * few for _ in range(times)], device, _REPEATS) / times
+    large = torch.randn(_SIZES[-1], device=device)
+    host = torch.empty(_SIZES[-1])
+    copying = least_seconds(lambda: host.copy_(large), device, _REPEATS)
+    return Kernels(
+        products(torch.float32), products(torch.bfloat16), max(moved), start,
+        4 * _SIZES[-1] / copying,
+    )  # fmt: skip
+
+
+def _sample(name: str, words: Sequence[str], device: torch.device) -> Sample:
+    config = load_config(None, (*_TINY, *words))
+    if device.type == "cuda":
+        config = replace(config, train=replace(config.train, precision="bf16"))
+    work = rehearse_rank(config, 1, 0, device.type).work
+    return Sample(name, work, step_seconds(config, Mesh(0, 1, device, None), _REPEATS))
+
+
+def fit(steps: Sequence[Sample], kernels: Kernels) -> Work:
+    """Seconds of a FLOP, a moved byte and an operation.
+
+    The squares of relative errors are least, of times no shorter than the kernels'.
+    """
+    least = np.array([1 / kernels.fp32_flops, 1 / kernels.memory_bandwidth, kernels.operation])
+    amounts = np.array([[s.work.flops, s.work.moved, s.work.operations] for s in steps])
+    shares = amounts * least / np.array([[s.seconds] for s in steps])
+    times = np.ones(3)  # by the kernels' own
+    for _ in range(2000):  # a convex problem of three numbers, one after the other
+        for i in range(3):
+            missing = 1 - shares @ times + shares[:, i] * times[i]
+            times[i] = max(1.0, shares[:, i] @ missing / (shares[:, i] @ shares[:, i]))
+    return Work(*(times * least).tolist())
+
+
+def _hardware(
+    device: torch.device,
+    ranks: int,
+    folder: Path,
+    kernels: Kernels,
+    fitted: Work,
+    links: Sequence[Link],
+    like: Hardware | None,
+) -> Hardware:
+    gpu = device.type == "cuda"
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks
+    name = _processor()
+    if gpu:
+        properties = torch.cuda.get_device_properties(device)
+        memory, name = float(properties.total_memory), properties.name
+    if like:
+        link, start, nodes = like.node_bandwidth, like.collective_seconds, like.node_gpus
+        network, efficiency = like.network_bandwidth, like.link_efficiency
+    else:
+        start, by_byte = fit_links(links)
+        link = network = 1 / by_byte
+        efficiency, nodes = 1.0, ranks
+    peak = kernels.bf16_flops if gpu else kernels.fp32_flops
+    return Hardware(
+        name=f"{name}, calibrated",
+        sources=[
+            f"megaswitch study calibrate, torch {torch.__version__}, "
+            f"{torch.get_num_threads()} thread(s) a rank",
+            "seconds are of the GPU" if gpu else "seconds are CPU-seconds of a rank",
+            f"links of {like.name}"
+            if like
+            else f"links of {ranks} ranks in this machine; no network was measured",
+            "assumptions: dollars_per_hour, hours_between_failures",
+        ],
+        device=device.type,
+        memory=memory,
+        bf16_flops=kernels.bf16_flops,
+        fp32_flops=kernels.fp32_flops,
+        memory_bandwidth=1 / fitted.moved,
+        node_gpus=nodes,
+        node_bandwidth=link,
+        network_bandwidth=network,
+        host_bandwidth=kernels.copied,
+        dollars_per_hour=2.5 if gpu else 0.05,
+        matmul_efficiency=1 / (fitted.flops * peak),
+        link_efficiency=efficiency,
+        hours_between_failures=50_000.0,
+        operation_seconds=fitted.operations,
+        collective_seconds=start,
+        disk_bandwidth=_disk(folder) / ranks,
+    )
+
+
+def fit_links(links: Sequence[Link]) -> tuple[float, float]:
+    """Seconds to start a collective, and by byte that crosses; relative errors are least."""
+    rows = np.array([[1.0, link.crossing] for link in links])
+    rows /= np.array([[link.seconds] for link in links])
+    scale = rows.max(0)
+    start, by_byte = np.linalg.lstsq(rows / scale, np.ones(len(rows)), rcond=None)[0] / scale
+    shortest = min(link.seconds for link in links)
+    return max(float(start), 0.01 * shortest), float(by_byte)
+
+
+def _disk(folder: Path) -> float:
+    """Bytes per second that reach the disk, in seconds of a clock."""
+    block = os.urandom(1 << 20)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        start = time.perf_counter()
+        for _ in range(_DISK // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        return _DISK / (time.perf_counter() - start)
+
+
+def _processor() -> str:
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text(encoding="utf-8").splitlines() if cpus.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def as_toml(hardware: Hardware) -> str:
+    """A hardware file. The units are those of `hardware/h100.toml`."""
+    return tomli_w.dumps(vars(hardware))
+
+
+def as_table(found: Calibration) -> dict[str, Any]:
+    """For programs."""
+    return {
+        "hardware": vars(found.hardware),
+        "steps": [vars(s) | {"work": vars(s.work)} for s in found.steps],
+        "ratios": found.ratios,
+        "links": [vars(link) for link in found.links],
+    }

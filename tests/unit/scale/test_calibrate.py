@@ -1,0 +1,81 @@
+"""Calibration: the fit finds what the times were made of; a machine's own file is accepted."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from megaswitch.cli import cli
+from megaswitch.config import load_config
+from megaswitch.scale import calibrate as calibration
+from megaswitch.scale.calibrate import Kernels, Sample, fit, fit_links
+from megaswitch.scale.hardware import load_hardware
+from megaswitch.scale.links import Link
+from megaswitch.scale.recorder import Work
+from megaswitch.scale.rehearsal import rehearse_rank
+from megaswitch.scale.simulate import step_seconds
+
+# Without dropout, whose draws are made in blocks of so many bytes on a CPU.
+SMALL = ("--model.preset=t5-tiny", "--model.num_encoder_layers=1", "--model.num_decoder_layers=1",
+         "--model.dropout=0.0", "--data.encoder_length=64", "--data.decoder_length=16",
+         "--train.batch_size=8")  # fmt: skip
+KERNELS = Kernels(4e10, 2e10, 2e10, 1e-6, 1e10)
+WORKS = [Work(1e9, 1e7, 100), Work(1e7, 1e9, 100), Work(1e6, 1e6, 5000), Work(1e9, 1e9, 3000)]
+
+
+def samples(flop: float, byte: float, operation: float) -> list[Sample]:
+    seconds = [w.flops * flop + w.moved * byte + w.operations * operation for w in WORKS]
+    return [Sample("step", work, took) for work, took in zip(WORKS, seconds, strict=True)]
+
+
+def test_the_fit_finds_the_times_that_steps_were_made_of():
+    found = fit(samples(5e-11, 2e-10, 1e-5), KERNELS)
+    assert found.flops == pytest.approx(5e-11, rel=1e-3)
+    assert found.moved == pytest.approx(2e-10, rel=1e-3)
+    assert found.operations == pytest.approx(1e-5, rel=1e-3)
+
+
+def test_no_step_is_faster_than_its_kernels():
+    found = fit(samples(1e-12, 2e-10, 1e-5), KERNELS)
+    assert found.flops == pytest.approx(1 / KERNELS.fp32_flops)
+
+
+def test_links_are_a_start_and_a_speed():
+    links = [Link("all_reduce", n, float(n), 1e-4 + n * 1e-9) for n in (10**3, 10**5, 10**7)]
+    assert fit_links(links) == pytest.approx((1e-4, 1e-9))
+
+
+def test_a_machine_file_serves_plan_and_simulate(tmp_path, monkeypatch):
+    """Measured with one step instead of all, without a group."""
+    one = dict(list(calibration.STEPS.items())[:1])
+    monkeypatch.setattr(calibration, "STEPS", one)
+    monkeypatch.setattr(calibration, "_PRODUCTS", ((128, 128, 128),))
+    monkeypatch.setattr(calibration, "_REPEATS", 1)
+    monkeypatch.setattr(calibration, "_DISK", 1 << 20)
+    path = tmp_path / "machine.toml"
+    words = ["study", "calibrate", "--output", str(path), "--device", "cpu", "--links-of", "h100"]
+    threads = torch.get_num_threads()
+    result = CliRunner().invoke(cli, [*words, "--json"])
+    torch.set_num_threads(threads)
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    machine = load_hardware(str(path))
+    assert vars(machine) == told["hardware"]
+    assert machine.device == "cpu"
+    assert machine.node_bandwidth == load_hardware("h100").node_bandwidth
+    config = load_config(None, SMALL)
+    step = rehearse_rank(config, 1, 0, "cpu")
+    (seconds,) = step_seconds(step, config, 1, machine).values()
+    assert 1e-4 < seconds < 100
+
+
+def test_work_counts_what_operations_touch():
+    def work(rows: int) -> Work:
+        words = (f"--train.micro_batch_size={rows}", f"--train.batch_size={rows}")
+        return rehearse_rank(load_config(None, (*SMALL, *words)), 1, 0, "cpu").work
+
+    small, large = work(8), work(16)
+    assert large.flops == pytest.approx(2 * small.flops, rel=1e-6)
+    assert small.moved < large.moved < 2 * small.moved  # weights do not grow with rows
+    assert large.operations == small.operations

@@ -1,0 +1,160 @@
+"""Predicted against measured time of training steps that the calibration has not seen.
+
+The machine is calibrated first, as `megaswitch study calibrate` does. Then each run is rehearsed,
+planned and done, in one process or two. Seconds are CPU-seconds of a rank, in one thread; of two
+ranks the mean. Command: python tools/benchmarks/predict.py --output tools/benchmarks/predict.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from side_by_side import record
+
+from megaswitch.config import RunConfig, load_config
+from megaswitch.parallel.mesh import Mesh
+from megaswitch.scale.calibrate import as_table, calibrate
+from megaswitch.scale.estimate import estimate
+from megaswitch.scale.hardware import Hardware
+from megaswitch.scale.links import run_ranks
+from megaswitch.scale.profile import Profile, profile
+from megaswitch.scale.rehearsal import rehearse_rank
+from megaswitch.scale.simulate import step_seconds as simulated_seconds
+from megaswitch.scale.stopwatch import step_seconds
+from megaswitch.train.placement import row_lengths
+
+BASE = (
+    "--model.preset=switch-tiny",
+    "--train.device=cpu",
+    "--data.encoder_length=128",
+    "--data.decoder_length=32",
+    "--train.micro_batch_size=8",
+    "--train.batch_size=8",
+)
+ADAMW = ("--optim.name=adamw", "--optim.schedule=constant", "--optim.learning_rate=1e-4")
+TWO = ("--train.batch_size=16",)
+# Name to the number of processes and what differs from the base. None is a step of `calibrate`.
+RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "switch-tiny": (1, ()),
+    "t5-tiny, 24 rows": (1, ("--model.preset=t5-tiny", "--train.micro_batch_size=24",
+                             "--train.batch_size=24")),
+    "256 wide": (1, ("--model.d_model=256", "--model.d_ff=1024")),
+    "rows of 256 and 64": (1, ("--data.encoder_length=256", "--data.decoder_length=64")),
+    "recomputed, two micro-batches": (1, ("--train.activation_checkpointing=true", *TWO)),
+    "dp 2": (2, TWO),
+    "ep 2": (2, (*TWO, "--parallel.ep=2")),
+    "tp 2": (2, ("--parallel.tp=2",)),
+    "pp 2": (2, (*TWO, "--parallel.pp=2", "--parallel.schedule=1f1b")),
+    "ZeRO, full": (2, (*TWO, *ADAMW, "--parallel.zero=full")),
+}  # fmt: skip
+
+
+def config_of(name: str) -> RunConfig:
+    """Of a run above."""
+    ranks, words = RUNS[name]
+    return load_config(None, (*BASE, *words), world_size=ranks)
+
+
+def measure(names: Sequence[str], repeats: int) -> list[float]:
+    """Seconds of each run on this rank; alone, or as one of two."""
+    torch.set_num_threads(1)
+    cpu, seconds = torch.device("cpu"), []
+    for name in names:
+        config = config_of(name)
+        joined = dist.is_initialized()
+        mesh = Mesh.over_ranks(cpu, config.parallel) if joined else Mesh(0, 1, cpu, None)
+        seconds.append(step_seconds(config, mesh, repeats))
+    return seconds
+
+
+def simulate(name: str, hardware: Hardware) -> float:
+    """Mean of the ranks that differ."""
+    config, world = config_of(name), RUNS[name][0]
+    ranks = range(0, world, world // config.parallel.pp)
+    steps = [rehearse_rank(config, world, rank, "cpu") for rank in ranks]
+    return statistics.fmean(
+        sum(simulated_seconds(step, config, world, hardware).values()) for step in steps
+    )
+
+
+_PROFILES: dict[str, Profile] = {}  # of models, which many runs share
+
+
+def plan(name: str, hardware: Hardware) -> float:
+    """The planner's seconds, but those in which nobody computes."""
+    config, world = config_of(name), RUNS[name][0]
+    lengths = row_lengths(config)
+
+    def profile_of(tp: int, exchanges: bool) -> Profile:
+        key = repr((config.model, config.optim, lengths, tp, exchanges))
+        if key not in _PROFILES:
+            _PROFILES[key] = profile(config, lengths, tp, exchanges, "cpu")
+        return _PROFILES[key]
+
+    seconds = estimate(config, world, lengths, profile_of, hardware).seconds
+    return seconds.total - seconds.bubble - seconds.checkpoint
+
+
+def kendall_tau(pairs: Sequence[tuple[float, float]]) -> float:
+    """1 if both numbers always order alike, -1 if never."""
+    signs = [(a[0] - b[0]) * (a[1] - b[1]) for a, b in itertools.combinations(pairs, 2)]
+    return sum((s > 0) - (s < 0) for s in signs) / len(signs)
+
+
+def summary(rows: dict[str, dict[str, float]], predictor: str) -> dict[str, Any]:
+    """How good a predictor is over all runs."""
+    errors = {name: row[predictor] / row["measured"] - 1 for name, row in rows.items()}
+    return {
+        "median_error": statistics.median(map(abs, errors.values())),
+        "largest_error": max(map(abs, errors.values())),
+        "beyond_25_percent": [n for n, e in errors.items() if abs(e) > 0.25],
+        "kendall_tau": kendall_tau([(r[predictor], r["measured"]) for r in rows.values()]),
+    }
+
+
+def main() -> None:
+    """Calibrate, predict, measure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        calibration = calibrate("cpu", 2, Path(folder))
+    measured: dict[str, float] = {}
+    for ranks in (1, 2):
+        names = [name for name, (number, _) in RUNS.items() if number == ranks]
+        if ranks == 1:
+            by_rank = [measure(names, arguments.repeats)]
+        else:
+            by_rank = run_ranks("cpu", ranks, measure, names, arguments.repeats)
+        columns = zip(*by_rank, strict=True)
+        measured |= dict(zip(names, map(statistics.fmean, columns), strict=True))
+    rows = {}
+    for name in RUNS:
+        hardware = calibration.hardware
+        row = {
+            "measured": measured[name],
+            "simulated": simulate(name, hardware),
+            "planned": plan(name, hardware),
+        }
+        rows[name] = row
+        ratios = (f"{p} ×{row[p] / row['measured']:.2f}" for p in ("simulated", "planned"))
+        print(f"{name:32s} {row['measured'] * 1e3:9.1f} ms", *ratios, flush=True)
+    results = {"runs": rows, "calibration": as_table(calibration)}
+    for predictor in ("simulated", "planned"):
+        results[predictor] = summary(rows, predictor)
+        print(predictor, results[predictor])
+    record("tools/benchmarks/predict.py", results, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
