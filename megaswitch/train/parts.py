@@ -115,12 +115,11 @@ def build_parts(
     sharded: set[str] = set()
     train = config.train if training else TrainConfig()  # what is evaluated is so in full precision
     backend = BACKENDS[train.backend](train.fp8, mesh)
-    if training:
-        compile_regions(train.compile)
     for stage in stages:
         if stage.index % mesh.axis("pp").size == mesh.axis("pp").rank:
             model = _layers(config, mesh, stage)
             if training:
+                compile_regions(train.compile)
                 freeze(model, config, stage if mesh.axis("pp").size > 1 else None)
             inits |= {n: p.init for n, p in model.named_parameters()}  # type: ignore[attr-defined]
             specs |= slice_parameters(model, mesh)
@@ -131,8 +130,7 @@ def build_parts(
             if mesh.axis("pp").size > 1:
                 modules[stage.index] = StageModule(model, stage)
             if zero:
-                root = modules.get(stage.index, model)
-                sharded |= _shard(root, model, specs, config, mesh)
+                sharded |= _shard(modules.get(stage.index, model), model, specs, config, mesh)
             if mesh.group is not None:
                 allocate(model, mesh.device)
             models[stage.index] = model

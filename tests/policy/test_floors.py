@@ -18,6 +18,7 @@ FLOORS = [
         "schema_data",
         "schema_distill",
         "schema_fault",
+        "schema_fp8",
         "schema_keys",
         "schema_moe",
         "rules",
