@@ -44,6 +44,12 @@ def fullest(
     return max(ranks, key=lambda memory: memory.total)
 
 
+def at_least(config: RunConfig, world: int, lengths: tuple[int, int], hardware: Hardware) -> float:
+    """Bytes of what stays between steps, on the pipeline rank that has most of it."""
+    held = Holdings(config, world, lengths, hardware)
+    return max(held.least(r).total for r in range(held.pp))
+
+
 def estimate(
     config: RunConfig,
     world: int,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megaswitch.model.stages import Stage
 from megaswitch.scale.layout import Layout
@@ -11,8 +11,6 @@ from megaswitch.scale.profile import Profile
 from megaswitch.scale.sizes import Held, Sized
 
 _BUCKET = 32 << 20  # as in `parallel.gradients`, two of which are under way
-# Gradients of a block's activations that are there at once, as a share of what it kept.
-_BACKWARD = 0.75
 _SPARE = 0.06  # of a GPU's memory: what the allocator cannot use, CUDA's context, NCCL
 
 
@@ -46,9 +44,6 @@ class Holdings(Layout):
         """
         own, held = self.own(rank), self.held(rank)
         zero = self.config.parallel.zero
-        weights = 4.0 * self.total(self.sharded, held)
-        gradients = 4.0 * self.total(self.sliced if self._whole_gradients else self.sharded, held)
-        optimizer = self.total(self.states, held)
         gathered = 0.0
         if zero != "none":
             gathered = self.word * self.total(self._gathered, held)
@@ -67,8 +62,20 @@ class Holdings(Layout):
             sums = 4.0 * self.total(self.sliced, held)
             buckets = 2 * max(_BUCKET, 4.0 * largest)
             work = max(work, min(sums, buckets))
-        spare = _SPARE * self.hardware.memory
-        return Memory(weights, gradients, optimizer, kept * waiting + work, buffers, spare)
+        return replace(self.least(rank), activations=kept * waiting + work, buffers=buffers)
+
+    def least(self, rank: int) -> Memory:
+        """Of a pipeline rank, without what depends on its blocks' profiles."""
+        held = self.held(rank)
+        return Memory(
+            weights=4.0 * self.total(self.sharded, held),
+            gradients=4.0
+            * self.total(self.sliced if self._whole_gradients else self.sharded, held),
+            optimizer=self.total(self.states, held),
+            activations=0.0,
+            buffers=0.0,
+            spare=_SPARE * self.hardware.memory,
+        )
 
     @property
     def _whole_gradients(self) -> bool:
@@ -103,7 +110,9 @@ class Holdings(Layout):
         """Bytes that a micro-batch leaves for its backward pass; what a block's takes."""
         casts = 2.0 if self.bf16 and self.config.parallel.zero == "none" else 0.0
         last = any(s.last for s in own)
-        each = [profile.blocks[a.kind].kept * self.rows for a in held.blocks]
+        costs = [profile.blocks[a.kind] for a in held.blocks]
+        each = [cost.kept * self.rows for cost in costs]
+        transient = [cost.transient * self.rows for cost in costs]
         whole = [
             kept + casts * self._sum(self.sliced, a.parameters)
             for kept, a in zip(each, held.blocks, strict=True)
@@ -113,15 +122,19 @@ class Holdings(Layout):
             names = {p.name: p for p in held.ends}
             heads = (names[n] for n in ("head.weight", "embedding.weight") if n in names)
             ends += casts * next(map(self.sliced, heads), 0.0)
-        if self.config.train.activation_checkpointing is not True:
-            # Where the head is, its work is the most, and done before any block's.
-            kept = sum(a.number * size for a, size in zip(held.blocks, whole, strict=True))
-            return kept + ends, 0.0 if own[-1].last else _BACKWARD * max(each)
         width = 4.0 * self.rows * self.config.model.d_model
         if self.config.parallel.sequence_parallel:
             width /= self.tp
-        inputs = sum(a.number * width * self.length_of[a.kind[0]] for a in held.blocks)
-        return inputs + ends, max(whole) + _BACKWARD / 2 * max(each)
+        if own[0].first and not last:
+            ends += width * sum(self.lengths)  # what was looked up travels on
+        if self.config.train.activation_checkpointing is not True:
+            # Where the head is, its work is the most, and done before any block's.
+            kept = sum(a.number * size for a, size in zip(held.blocks, whole, strict=True))
+            return kept + ends, 0.0 if own[-1].last else max(transient)
+        # Inputs are kept; while a block is made again, its output's gradient waits.
+        streams = [width * self.length_of[a.kind[0]] for a in held.blocks]
+        inputs = sum(a.number * size for a, size in zip(held.blocks, streams, strict=True))
+        return inputs + ends, max(map(sum, zip(whole, transient, streams, strict=True)))
 
     def _unevenly_kept(self, held: Held, busiest: Mapping[str, float]) -> float:
         """Bytes of a micro-batch that the busiest rank's experts keep beyond an even share.

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache
@@ -15,7 +15,7 @@ from typing import Any, Literal
 from megaswitch.config import ParallelConfig, RunConfig, load_config, to_toml
 from megaswitch.presets import PRESETS
 from megaswitch.rules import check
-from megaswitch.scale.estimate import Estimate, Profiles, estimate, fullest
+from megaswitch.scale.estimate import Estimate, Profiles, at_least, estimate, fullest
 from megaswitch.scale.hardware import Hardware, known, load_hardware
 from megaswitch.scale.holdings import Memory
 from megaswitch.scale.profile import Profile, profile, smallest_micro_batch
@@ -42,7 +42,7 @@ class Plan:
         world: ranks.
         best: those that fit, the fastest first.
         rejected: how many layouts were not taken, by reason.
-        smallest: of those that do not fit, the one that needs least memory.
+        smallest: where nothing fits, the layout that needs least memory.
         remedies: what would make it fit, the smallest change first; empty where something fits.
     """
 
@@ -94,7 +94,7 @@ def search(
     busiest = _busiest(config, lengths, routing)
     plan = Plan(hardware, world)
     found: list[Estimate] = []
-    least: tuple[float, RunConfig] | None = None
+    unfit: list[tuple[float, RunConfig]] = []
     for variants in _candidates(config, world, hardware, lengths):
         if problems := check(variants[0], world):
             plan.rejected[_rule(problems[0])] += len(variants)
@@ -104,26 +104,42 @@ def search(
             if any(_is_slower(candidate, other) for other in fitting):
                 plan.rejected[_SLOWER] += 1
                 continue
-            uneven = busiest(candidate.parallel.ep)
-            memory = fullest(candidate, world, lengths, profiles, hardware, uneven)
-            if memory.total <= hardware.memory:
+            need = at_least(candidate, world, lengths, hardware)
+            if need <= hardware.memory:
+                uneven = busiest(candidate.parallel.ep)
+                memory = fullest(candidate, world, lengths, profiles, hardware, uneven)
+                need = memory.total
+            if need <= hardware.memory:
                 fitting.append(candidate)
                 found.append(
                     estimate(candidate, world, lengths, profiles, hardware, uneven, memory)
                 )
             else:
                 plan.rejected["needs more memory than a GPU has"] += 1
-                if least is None or memory.total < least[0]:
-                    least = memory.total, candidate
+                unfit.append((need, candidate))
     found.sort(key=lambda e: e.seconds.total)
     plan.best = found[:keep]
     plan.rejected[_SLOWER] += len(found) - len(plan.best)
-    if least:
-        uneven = busiest(least[1].parallel.ep)
-        plan.smallest = estimate(least[1], world, lengths, profiles, hardware, uneven)
     if not found:
+        plan.smallest = _smallest(unfit, lambda c: estimate(
+            c, world, lengths, profiles, hardware, busiest(c.parallel.ep)
+        ))  # fmt: skip
         plan.remedies = list(_remedies(config, plan, profiles))
     return plan
+
+
+def _smallest(
+    unfit: list[tuple[float, RunConfig]], estimated: Callable[[RunConfig], Estimate]
+) -> Estimate | None:
+    """Of layouts with the bytes that each needs at least, the one that needs least in all."""
+    best: Estimate | None = None
+    for least, candidate in sorted(unfit, key=lambda pair: pair[0]):
+        if best and least >= best.memory.total:
+            break
+        one = estimated(candidate)
+        if best is None or one.memory.total < best.memory.total:
+            best = one
+    return best
 
 
 def _is_slower(one: RunConfig, other: RunConfig) -> bool:

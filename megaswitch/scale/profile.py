@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megaswitch.config import ParallelConfig, RunConfig
 from megaswitch.layers.kernels import rehearse
@@ -25,7 +25,7 @@ from megaswitch.optim.build import build_optimizer, clip_gradients
 from megaswitch.parallel.absent import absent_peers
 from megaswitch.parallel.mesh import Mesh
 from megaswitch.parallel.shard import declare_spec, spec_of
-from megaswitch.scale.recorder import Recorder, Work
+from megaswitch.scale.recorder import Memory, Recorder, Work
 from megaswitch.scale.rehearsal import Rehearsal
 from megaswitch.scale.sizes import Kind
 from megaswitch.train.objectives import BatchSize, MicroBatch, forward, training_loss
@@ -41,12 +41,14 @@ class Cost:
 
     Attributes:
         kept: bytes that wait for the backward pass, without weights cast to bf16.
+        transient: bytes that either pass takes beyond what is kept, at most; of blocks.
         work: of the device.
         traffic: bytes of collectives.
         calls: collectives by axis.
     """
 
     kept: float = 0.0
+    transient: float = 0.0
     work: Work = field(default_factory=Work)
     traffic: Traffic = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
@@ -140,10 +142,11 @@ def _measure(
     bf16 = rehearsal.config.train.precision == "bf16"
     seen: dict[Kind, Cost] = {}
     spent: list[Cost] = []
+    peaks = _BackwardPeaks(recorder.memory)
     for block in blocks:
         meter = _Meter(recorder, cast_bytes(block) if bf16 else 0)
         block.register_forward_pre_hook(meter.start)
-        block.register_forward_hook(partial(meter.stop, seen, spent))
+        block.register_forward_hook(partial(meter.stop, seen, spent, peaks))
     for w in parts.weights.values():  # as of an earlier micro-batch, to be added to
         w.parameter.grad = torch.empty_like(w.parameter)
     whole = _Meter(recorder, 0)
@@ -158,9 +161,10 @@ def _measure(
     total.work -= Work(moved=3 * casts)
     del output
     start, done = recorder.memory.live, recorder.work
-    recorder.memory.reset_peak()
+    peaks.begin(None)
     loss.backward()
-    work = float(recorder.memory.peak - start)
+    peaks.end()
+    work = float(peaks.peak - start)
     numbers = sum(w.local.numel() for w in parts.weights.values())
     backward = recorder.work - done - Work(moved=PER_WEIGHT[bf16][1] * numbers)
     ends = _minus(total, spent)
@@ -234,6 +238,7 @@ class _Meter:
 
     def start(self, *_: Any) -> None:
         recorder = self.recorder
+        recorder.memory.reset_peak()
         self._before = recorder.memory.live, recorder.work, Counter(recorder.collectives)
 
     def cost(self) -> Cost:
@@ -245,15 +250,46 @@ class _Meter:
             traffic[key] = traffic.get(key, 0.0) + number * kind.size
             calls[kind.axis] += number
         kept = self.recorder.memory.live - live - self.casts
+        transient = self.recorder.memory.peak - self.recorder.memory.live
         # `PER_WEIGHT` has what casts move, of which `casts` is a third.
         spent = self.recorder.work - work - Work(moved=3 * self.casts)
-        return Cost(kept, spent, traffic, calls)
+        return Cost(kept, transient, spent, traffic, calls)
 
-    def stop(self, seen: dict[Kind, Cost], spent: list[Cost], block: Block, *_: Any) -> None:
+    def stop(
+        self,
+        seen: dict[Kind, Cost],
+        spent: list[Cost],
+        peaks: _BackwardPeaks,
+        block: Block,
+        _: Any,
+        output: tuple[Tensor, Any],
+    ) -> None:
         cost = self.cost()
         spent.append(cost)
         stack = block.site.partition(".")[0]
         seen[stack, isinstance(block.ffn, SwitchFFN)] = cost
+        output[0].register_hook(lambda _: peaks.begin(cost))
+
+
+class _BackwardPeaks:
+    """What blocks take in the backward pass, each from its output's gradient to its input's."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory, self.peak = memory, 0
+        self._cost: Cost | None = None
+
+    def begin(self, cost: Cost | None) -> None:
+        """The block of this cost comes next."""
+        self.end()
+        self._cost, self._start = cost, self.memory.live
+        self.memory.reset_peak()
+
+    def end(self) -> None:
+        self.peak = max(self.peak, self.memory.peak)
+        if self._cost:
+            took = float(self.memory.peak - self._start)
+            self._cost.transient = max(self._cost.transient, took)
+            self._cost = None
 
 
 def _minus(total: Cost, parts: list[Cost]) -> Cost:
@@ -263,10 +299,10 @@ def _minus(total: Cost, parts: list[Cost]) -> Cost:
             traffic[key] -= size
         calls -= part.calls
     work = total.work - sum((part.work for part in parts), Work())
-    return Cost(total.kept - sum(part.kept for part in parts), work, traffic, calls)
+    return Cost(total.kept - sum(part.kept for part in parts), 0.0, work, traffic, calls)
 
 
 def _by_row(cost: Cost, rows: int) -> Cost:
     traffic = {key: size / rows for key, size in cost.traffic.items()}
     work = Work(cost.work.flops / rows, cost.work.moved / rows, cost.work.operations)
-    return Cost(cost.kept / rows, work, traffic, cost.calls)
+    return Cost(cost.kept / rows, cost.transient / rows, work, traffic, cost.calls)

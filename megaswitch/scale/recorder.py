@@ -240,8 +240,8 @@ class Recorder(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it comes again, with local tensors
         result = func(*args, **(kwargs or {}))
-        if self._paused:
-            return result
+        if self._paused or isinstance(result, torch.device | torch.dtype):
+            return result  # a question, which half of what fake tensors call is
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.memory.see(leaf)

