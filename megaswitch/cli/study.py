@@ -146,7 +146,7 @@ def report(
 @click.option("--output", type=PATH, required=True, help="Hardware file to write.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto",
               show_default=True, help="auto: CUDA where there is a GPU.")  # fmt: skip
-@click.option("--ranks", type=click.IntRange(min=2), default=2, show_default=True,
+@click.option("--ranks", type=click.IntRange(min=1), default=2, show_default=True,
               help="Processes that share this machine, one thread or GPU each.")  # fmt: skip
 @click.option("--links-of", metavar="NAME|FILE",
               help="Take links from this machine instead of measuring a group.")  # fmt: skip

@@ -12,7 +12,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,18 @@ from typing import Any
 import numpy as np
 import tomli_w
 import torch
+import torch.distributed as dist
 
-from megaswitch.config import load_config
+from megaswitch.config import RunConfig, load_config
 from megaswitch.log import UserError, info
 from megaswitch.parallel.mesh import Mesh
 from megaswitch.scale.hardware import Hardware, load_hardware
-from megaswitch.scale.links import Link, measure_links
+from megaswitch.scale.links import Link, measure_links, run_ranks
 from megaswitch.scale.recorder import Work
 from megaswitch.scale.rehearsal import rehearse_rank
 from megaswitch.scale.stopwatch import least_seconds, step_seconds
 
-_REPEATS = 5
+_REPEATS = 12  # the least counts, as a machine may be slow for seconds
 _PRODUCTS = ((512, 512, 2048), (1024, 1024, 1024), (2048, 512, 2048))
 _SIZES = (1 << 18, 1 << 20, 1 << 22)  # numbers of an array, from a cache's to a memory's
 _DISK = 64 << 20  # bytes
@@ -79,29 +80,45 @@ def calibrate(device: str, ranks: int, folder: Path, links_of: str | None = None
 
     Args:
         device: "cpu" or "cuda".
-        ranks: that share the machine; a group of so many is measured.
+        ranks: that share the machine. On a CPU all are measured at once, as they slow each other.
         folder: on the disk that checkpoints are written to.
         links_of: a known machine whose links to take, instead of measuring a group.
 
     Raises:
         UserError: there are not as many GPUs.
     """
-    gpus = torch.cuda.device_count()
-    if device == "cuda" and gpus < (1 if links_of else ranks):
+    gpus, group = torch.cuda.device_count(), max(2, ranks)
+    if device == "cuda" and gpus < (1 if links_of else group):
         raise UserError(
-            f"--ranks {ranks} needs as many GPUs, and this machine has {gpus}; a machine of one "
+            f"--ranks {ranks} needs {group} GPUs, and this machine has {gpus}; a machine of one "
             "takes links from a known one, such as --links-of h100"
         )
     place = torch.device(device)
-    info("measuring kernels …")
-    kernels = _kernels(place)
-    info("measuring training steps …")
-    steps = [_sample(name, words, place) for name, words in STEPS.items()]
+    info("measuring kernels and training steps …")
+    together = device == "cpu" and ranks > 1
+    what = device, list(STEPS.values()), _REPEATS
+    told = run_ranks(device, ranks, _measure, *what) if together else [_measure(*what)]
+    kernels = Kernels(*np.mean([t["kernels"] for t in told], axis=0).tolist())
+    seconds = np.mean([t["seconds"] for t in told], axis=0).tolist()
+    works = (rehearse_rank(_config(words, device), 1, 0, device).work for words in STEPS.values())
+    steps = [Sample(*sample) for sample in zip(STEPS, works, seconds, strict=True)]
     fitted = fit(steps, kernels)
     info("measuring a group …")
-    links = [] if links_of else measure_links(device, ranks)
+    links = [] if links_of else measure_links(device, group)
     like = load_hardware(links_of) if links_of else None
     return Calibration(_hardware(place, ranks, folder, kernels, fitted, links, like), steps, links)
+
+
+def _measure(device: str, steps: Sequence[Sequence[str]], repeats: int) -> dict[str, list[float]]:
+    """Kernels, and seconds of each step, on this rank while the others do the same."""
+    place = torch.device(device)
+    mesh = Mesh(0, 1, place, None)
+    kernels, seconds = list(astuple(_kernels(place, repeats))), []
+    for words in steps:
+        if dist.is_initialized():
+            dist.barrier()
+        seconds.append(step_seconds(_config(words, device), mesh, repeats))
+    return {"kernels": kernels, "seconds": seconds}
 
 
 @dataclass(frozen=True)
@@ -115,39 +132,38 @@ class Kernels:
     copied: float  # bytes per second to memory of the host
 
 
-def _kernels(device: torch.device) -> Kernels:
+def _kernels(device: torch.device, repeats: int) -> Kernels:
     def products(dtype: torch.dtype) -> float:
         rates = []
         for m, k, n in _PRODUCTS:
             a = torch.randn(m, k, device=device, dtype=dtype)
             b = torch.randn(k, n, device=device, dtype=dtype)
-            seconds = least_seconds(partial(torch.mm, a, b), device, _REPEATS)
+            seconds = least_seconds(partial(torch.mm, a, b), device, repeats)
             rates.append(2 * m * k * n / seconds)
         return max(rates)
 
     moved = []
     for size in _SIZES:
         x, y, z = torch.randn(3, size, device=device)
-        seconds = least_seconds(partial(torch.mul, x, y, out=z), device, _REPEATS)
+        seconds = least_seconds(partial(torch.mul, x, y, out=z), device, repeats)
         moved.append(12 * size / seconds)
     few = torch.ones(16, device=device)
     times = 1000
-    start = least_seconds(lambda: [few * few for _ in range(times)], device, _REPEATS) / times
+    start = least_seconds(lambda: [few * few for _ in range(times)], device, repeats) / times
     large = torch.randn(_SIZES[-1], device=device)
     host = torch.empty(_SIZES[-1])
-    copying = least_seconds(lambda: host.copy_(large), device, _REPEATS)
+    copying = least_seconds(lambda: host.copy_(large), device, repeats)
     return Kernels(
         products(torch.float32), products(torch.bfloat16), max(moved), start,
         4 * _SIZES[-1] / copying,
     )  # fmt: skip
 
 
-def _sample(name: str, words: Sequence[str], device: torch.device) -> Sample:
+def _config(words: Sequence[str], device: str) -> RunConfig:
     config = load_config(None, (*_TINY, *words))
-    if device.type == "cuda":
+    if device == "cuda":
         config = replace(config, train=replace(config.train, precision="bf16"))
-    work = rehearse_rank(config, 1, 0, device.type).work
-    return Sample(name, work, step_seconds(config, Mesh(0, 1, device, None), _REPEATS))
+    return config
 
 
 def fit(steps: Sequence[Sample], kernels: Kernels) -> Work:
@@ -197,7 +213,7 @@ def _hardware(
             "seconds are of the GPU" if gpu else "seconds are CPU-seconds of a rank",
             f"links of {like.name}"
             if like
-            else f"links of {ranks} ranks in this machine; no network was measured",
+            else f"links of {max(2, ranks)} ranks in this machine; no network was measured",
             "assumptions: dollars_per_hour, hours_between_failures",
         ],
         device=device.type,
