@@ -1,6 +1,6 @@
 """How Switch Transformers scale from 8 to 4,096 GPUs, on paper: plans of `megaswitch plan`.
 
-No GPU and no run is needed; it is arithmetic on rehearsed blocks and a datasheet, some ten minutes
+No GPU and no run is needed; it is arithmetic on rehearsed blocks and a datasheet, some five minutes
 of one core. Command: python examples/studies/scaling/run.py
 """
 

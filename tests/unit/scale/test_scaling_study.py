@@ -14,8 +14,6 @@ from megaswitch.scale.plan import planned_toml, profiles_of
 from megaswitch.train.placement import row_lengths
 
 FOLDER = Path(__file__).resolve().parents[3] / "examples/studies/scaling"
-if not (FOLDER / "results.json").exists():
-    pytest.skip("the scaling study has no recorded results yet", allow_module_level=True)
 RESULTS = json.loads((FOLDER / "results.json").read_text(encoding="utf-8"))
 
 
@@ -79,10 +77,14 @@ def test_planned_runs_are_what_plans_say_today(name):
     path = FOLDER / f"planned/{name}.toml"
     text = path.read_text(encoding="utf-8")
     world = int(re.match(r"# Planned for (\d+) ranks", text)[1])
-    config, hardware = load_config(path), load_hardware("h100")
+    config, hardware = load_config(path, world_size=world), load_hardware("h100")
     profiles = profiles_of(config, hardware)
     one = estimate(config, world, row_lengths(config), profiles, hardware)
-    assert planned_toml(one, hardware) == text
+    today, told = (t.split("\n", 1) for t in (planned_toml(one, hardware), text))
+    assert today[1] == told[1]
+    # Operations of an update are those of the first profile that a search makes.
+    numbers = ([float(n) for n in re.findall(r"[\d.]+(?= )", t[0])] for t in (today, told))
+    assert next(numbers) == pytest.approx(next(numbers), rel=0.05)
 
 
 @pytest.mark.long
