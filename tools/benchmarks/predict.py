@@ -2,7 +2,8 @@
 
 The machine is calibrated first, as `megaswitch study calibrate` does, for one process and for two
 at once. Then each run is rehearsed, planned and done, in one process or two. Seconds are those of a
-CPU for a rank, in one thread; of two ranks those of the slower, for which the other waits.
+CPU for a rank, in one thread, at the speed that the machine had for a step of the calibration; of
+two ranks the mean, as routing gives one more than the other, or those of the slower pipeline stage.
 Command: python tools/benchmarks/predict.py --output tools/benchmarks/predict.json
 """
 
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from side_by_side import record
 
 from megaswitch.config import RunConfig, load_config
 from megaswitch.parallel.mesh import Mesh
-from megaswitch.scale.calibrate import as_table, calibrate
+from megaswitch.scale.calibrate import STEPS, as_table, calibrate
 from megaswitch.scale.estimate import estimate
 from megaswitch.scale.hardware import Hardware
 from megaswitch.scale.links import run_ranks
@@ -64,7 +64,8 @@ RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
     "ZeRO, full": (2, (*TWO, *ADAMW, "--parallel.zero=full")),
 }  # fmt: skip
 
-_ROUNDS = 4
+REFERENCE = "32 experts"  # of the calibration's steps
+_ROUNDS = 2
 
 
 def config_of(name: str) -> RunConfig:
@@ -74,19 +75,23 @@ def config_of(name: str) -> RunConfig:
 
 
 def measure(names: Sequence[str], repeats: int) -> list[float]:
-    """Seconds of each run on this rank; alone, or as one of two.
+    """Seconds of each run on this rank, by those of the reference; alone, or as one of two.
 
-    All runs are done several times over, so that a while in which the machine is slow hits each.
+    A shared machine is twice as slow for minutes, so the reference is timed right before each run.
     """
     torch.set_num_threads(1)
-    cpu, seconds = torch.device("cpu"), dict.fromkeys(names, math.inf)
+    cpu = torch.device("cpu")
+    alone, joined = Mesh(0, 1, cpu, None), dist.is_initialized()
+    ratios: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(_ROUNDS):
         for name in names:
             config = config_of(name)
-            joined = dist.is_initialized()
-            mesh = Mesh.over_ranks(cpu, config.parallel) if joined else Mesh(0, 1, cpu, None)
-            seconds[name] = min(seconds[name], step_seconds(config, mesh, repeats))
-    return list(seconds.values())
+            if joined:
+                dist.barrier()
+            reference = step_seconds(load_config(None, (*BASE, *STEPS[REFERENCE])), alone, repeats)
+            mesh = Mesh.over_ranks(cpu, config.parallel) if joined else alone
+            ratios[name].append(step_seconds(config, mesh, repeats) / reference)
+    return [statistics.median(found) for found in ratios.values()]
 
 
 def simulate(name: str, hardware: Hardware) -> float:
@@ -148,13 +153,16 @@ def main() -> None:
             by_rank = [measure(names, arguments.repeats)]
         else:
             by_rank = run_ranks("cpu", ranks, measure, names, arguments.repeats)
-        columns = zip(*by_rank, strict=True)
-        measured |= dict(zip(names, map(max, columns), strict=True))
+        for name, column in zip(names, zip(*by_rank, strict=True), strict=True):
+            pipeline = config_of(name).parallel.pp > 1
+            measured[name] = (max if pipeline else statistics.fmean)(column)
     rows = {}
     for name in RUNS:
-        hardware = calibrations[RUNS[name][0]].hardware
+        calibration = calibrations[RUNS[name][0]]
+        hardware = calibration.hardware
+        reference = next(s.seconds for s in calibration.steps if s.name == REFERENCE)
         row = {
-            "measured": measured[name],
+            "measured": measured[name] * reference,
             "simulated": simulate(name, hardware),
             "planned": plan(name, hardware),
         }
