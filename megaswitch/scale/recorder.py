@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -237,11 +238,14 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Let the operation run, and write down what it was."""
+        if func is _DEVICE_OF and isinstance(args[0], FakeTensor):
+            mode = args[0].fake_mode  # what it would say itself, in half of all calls
+            return torch.device("meta") if mode.in_kernel_invocation else args[0].fake_device
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it comes again, with local tensors
         result = func(*args, **(kwargs or {}))
         if self._paused or isinstance(result, torch.device | torch.dtype):
-            return result  # a question, which half of what fake tensors call is
+            return result  # a question, no operation
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.memory.see(leaf)
@@ -275,6 +279,7 @@ class Recorder(TorchDispatchMode):
 
 
 _ATEN = torch.ops.aten
+_DEVICE_OF = torch.ops.prim.device.default
 # They neither read nor write; torch does not count the first among views.
 _IDLE = {_ATEN._unsafe_view, _ATEN.empty, _ATEN.empty_like, _ATEN.new_empty, _ATEN.empty_strided,
          _ATEN.new_empty_strided, _ATEN.lift_fresh}  # fmt: skip
