@@ -156,7 +156,7 @@ def calibrate(output: Path, device: str, ranks: int, links_of: str | None, as_js
 
     Matrix products, memory, collectives of a small group, the disk that the file lies on, and
     training steps of a few small models, which tell what a step reaches of all that. On CPUs times
-    are CPU-seconds of one thread, so that other programs hardly matter. Takes about two minutes.
+    are CPU-seconds of one thread, with all ranks busy at once. Takes some minutes.
 
     \b
     Examples:
