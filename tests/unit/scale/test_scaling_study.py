@@ -79,12 +79,9 @@ def test_planned_runs_are_what_plans_say_today(name):
     world = int(re.match(r"# Planned for (\d+) ranks", text)[1])
     config, hardware = load_config(path, world_size=world), load_hardware("h100")
     profiles = profiles_of(config, hardware)
+    profiles(1, False)  # the first that a search makes, whose update serves all others
     one = estimate(config, world, row_lengths(config), profiles, hardware)
-    today, told = (t.split("\n", 1) for t in (planned_toml(one, hardware), text))
-    assert today[1] == told[1]
-    # Operations of an update are those of the first profile that a search makes.
-    numbers = ([float(n) for n in re.findall(r"[\d.]+(?= )", t[0])] for t in (today, told))
-    assert next(numbers) == pytest.approx(next(numbers), rel=0.05)
+    assert planned_toml(one, hardware) == text
 
 
 @pytest.mark.long
