@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from megaswitch.cli.completion import FREE_FORM, OverridesCommand, complete_over
 if TYPE_CHECKING:
     from megaswitch.config import RunConfig
     from megaswitch.scale.plan import Plan
+
+_PROCESSES = 8  # at most; each holds 350 MB
 
 
 @click.command(cls=OverridesCommand, context_settings=FREE_FORM)
@@ -55,7 +58,8 @@ def plan(
 
     machine = load_hardware(hardware)
     config = _config(model, overrides)
-    found = search(config, world, machine, routing=routing)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    found = search(config, world, machine, routing=routing, processes=min(cores, _PROCESSES))
     tokens = tokens or tokens_of_run(config)
     table = as_table(found, tokens)
     if output and found.best:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megaswitch.config import RunConfig
 from megaswitch.scale.hardware import Hardware
 from megaswitch.scale.holdings import Holdings, Memory
-from megaswitch.scale.profile import Profile
+from megaswitch.scale.profiles import Profiles
 from megaswitch.scale.sizes import count_flops
 from megaswitch.scale.times import Checkpoint, Seconds, Times
 
@@ -24,9 +24,6 @@ class Estimate:
     checkpoint: Checkpoint
     tokens_per_second: float
     mfu: float
-
-
-Profiles = Callable[[int, bool], Profile]  # by `tp` and whether experts lie on several ranks
 
 
 def fullest(

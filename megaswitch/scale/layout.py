@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from megaswitch.config import RunConfig
 from megaswitch.model.stages import Stage, plan_stages
 from megaswitch.scale.hardware import Hardware
-from megaswitch.scale.sizes import Held, Sized, balanced, held_by
+from megaswitch.scale.sizes import Held, Sized, balanced, held_by, sums_of
 
 
 class Layout:
@@ -39,7 +39,9 @@ class Layout:
         self.bf16 = config.train.precision == "bf16"
         self.length_of = dict(zip(("encoder", "decoder"), lengths, strict=True))
         self.word = 2 if self.bf16 else 4
-        self._sums: dict[tuple[str, int], float] = {}
+        optim = config.optim.name, config.optim.factored_min_dim, hardware.device
+        zero = parallel.zero != "none"
+        self._sums = sums_of(config.model, self.ep, self.tp, self.shards, zero, optim)
 
     def own(self, rank: int) -> tuple[Stage, ...]:
         """Stages of a pipeline rank."""
@@ -55,7 +57,7 @@ class Layout:
         return sum(blocks) + self._sum(size, held.ends)
 
     def _sum(self, size: Callable[[Sized], float], parameters: tuple[Sized, ...]) -> float:
-        """Remembered, as ranks share sorts of blocks, which `sizes` keeps alive."""
+        """Remembered, as ranks and layouts share sorts of blocks, which `sizes` keeps alive."""
         key = size.__name__, id(parameters)
         if key not in self._sums:
             self._sums[key] = sum(map(size, parameters))

@@ -15,11 +15,11 @@ from typing import Any, Literal
 from megaswitch.config import ParallelConfig, RunConfig, load_config, to_toml
 from megaswitch.presets import PRESETS
 from megaswitch.rules import check
-from megaswitch.scale.estimate import Estimate, Profiles, at_least, estimate, fullest
+from megaswitch.scale.estimate import Estimate, at_least, estimate, fullest
 from megaswitch.scale.hardware import Hardware, known, load_hardware
 from megaswitch.scale.holdings import Memory
-from megaswitch.scale.profile import Profile, profile, smallest_micro_batch
-from megaswitch.scale.recorder import Work
+from megaswitch.scale.profile import smallest_micro_batch
+from megaswitch.scale.profiles import Profiles, profiles_of
 from megaswitch.scale.routing import shares, simulate_routing
 from megaswitch.train.placement import row_lengths
 
@@ -76,6 +76,7 @@ def search(
     keep: int = 5,
     routing: str = "uniform",
     profiles: Profiles | None = None,
+    processes: int = 1,
 ) -> Plan:
     """Try layouts of `config`, whose own layout counts for nothing but its other options.
 
@@ -87,24 +88,30 @@ def search(
         hardware: of each.
         keep: how many of the best.
         routing: how tokens spread over experts; see `routing.shares`.
-        profiles: of an earlier search with the same model; None: make them. See `profiles_of`.
+        profiles: of an earlier search with the same model; None: make them.
+        processes: how many make profiles; see `profiles_of`.
     """
     lengths = row_lengths(config)
-    profiles = profiles or profiles_of(config, hardware)
     busiest = _busiest(config, lengths, routing)
     plan = Plan(hardware, world)
-    found: list[Estimate] = []
-    unfit: list[tuple[float, RunConfig]] = []
+    allowed: list[list[tuple[float, RunConfig]]] = []
     for variants in _candidates(config, world, hardware, lengths):
         if problems := check(variants[0], world):
             plan.rejected[_rule(problems[0])] += len(variants)
-            continue
+        else:
+            allowed.append([(at_least(one, world, lengths, hardware), one) for one in variants])
+    if profiles is None:
+        hopeful = [one for each in allowed for need, one in each if need <= hardware.memory]
+        ahead = {(one.parallel.tp, one.parallel.ep > 1) for one in hopeful}
+        profiles = profiles_of(config, hardware, ahead, processes)
+    found: list[Estimate] = []
+    unfit: list[tuple[float, RunConfig]] = []
+    for each in allowed:
         fitting: list[RunConfig] = []
-        for candidate in variants:
+        for need, candidate in each:
             if any(_is_slower(candidate, other) for other in fitting):
                 plan.rejected[_SLOWER] += 1
                 continue
-            need = at_least(candidate, world, lengths, hardware)
             if need <= hardware.memory:
                 uneven = busiest(candidate.parallel.ep)
                 memory = fullest(candidate, world, lengths, profiles, hardware, uneven)
@@ -154,20 +161,6 @@ def _is_slower(one: RunConfig, other: RunConfig) -> bool:
     if zero == other.parallel.zero:
         return computes_more
     return gathers_more and (same or computes_more)
-
-
-def profiles_of(config: RunConfig, hardware: Hardware) -> Profiles:
-    """Profiles by `tp` and whether experts lie on several ranks, each made when it is needed."""
-    lengths = row_lengths(config)
-    updates: list[Work] = []
-
-    @cache
-    def of(tp: int, exchanges: bool) -> Profile:
-        one = profile(config, lengths, tp, exchanges, hardware.device, *updates[:1])
-        updates.append(one.update)
-        return one
-
-    return of
 
 
 def _busiest(config: RunConfig, lengths: tuple[int, int], routing: str) -> Any:

@@ -153,3 +153,9 @@ def count_flops(model: ModelConfig, lengths: tuple[int, int]) -> int:
 def balanced(model: ModelConfig, stages: int, lengths: tuple[int, int]) -> list[int]:
     """Blocks of each stage; see `stages.balance`."""
     return balance(model, stages, *lengths)
+
+
+@_once
+def sums_of(model: ModelConfig, *cuts: Any) -> dict[tuple[str, int], float]:
+    """Empty, for sums over parameters that `Layout` remembers by what they depend on."""
+    return {}

@@ -20,8 +20,8 @@ from megaswitch.model.count import count
 from megaswitch.rules import check
 from megaswitch.scale.estimate import Estimate, estimate
 from megaswitch.scale.hardware import Hardware, load_hardware
-from megaswitch.scale.plan import Plan, planned_toml, preset_run, profiles_of, search
-from megaswitch.scale.profile import Profile
+from megaswitch.scale.plan import Plan, planned_toml, preset_run, search
+from megaswitch.scale.profiles import Profiles, profiles_of
 from megaswitch.scale.routing import simulate_routing
 from megaswitch.train.placement import row_lengths
 
@@ -46,8 +46,6 @@ PAPER = {
     "routing groups of 512 tokens, 2^20 a step": (
         "--train.batch_size=2048", "--train.micro_batch_size=1", "--model.moe.group_size=512"),
 }  # fmt: skip
-
-Profiles = Callable[[int, bool], Profile]
 
 
 class Study:

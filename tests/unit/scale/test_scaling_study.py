@@ -10,7 +10,8 @@ import pytest
 from megaswitch.config import load_config
 from megaswitch.scale.estimate import estimate
 from megaswitch.scale.hardware import load_hardware
-from megaswitch.scale.plan import planned_toml, profiles_of
+from megaswitch.scale.plan import planned_toml
+from megaswitch.scale.profiles import profiles_of
 from megaswitch.train.placement import row_lengths
 
 FOLDER = Path(__file__).resolve().parents[3] / "examples/studies/scaling"
