@@ -18,7 +18,6 @@ from megaswitch.log import UserError
 from megaswitch.optim.adafactor_math import (
     Buffers,
     Slices,
-    advance,
     apply_update,
     mean_of_rows,
     mean_square,
@@ -26,6 +25,7 @@ from megaswitch.optim.adafactor_math import (
     row_factor_of,
     scratch_like,
 )
+from megaswitch.optim.piles import Pile, piles
 from megaswitch.optim.sharded_adafactor import ShardedUpdate, update_together
 from megaswitch.parallel.shard import spec_of
 from megaswitch.parallel.weights import block_of
@@ -128,16 +128,17 @@ class Adafactor(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        buffers: Buffers = {}
-        sharded: list[ShardedUpdate] = []
+        whole, divided = [], []
         for group in self.param_groups:
             for parameter in group["params"]:
                 if not block_of(parameter).is_whole:
-                    state = self.state_of(parameter, group)
-                    sharded.append(ShardedUpdate(parameter, group, state, buffers))
+                    divided.append((parameter, group, self.state_of(parameter, group)))
                 elif parameter.grad is not None:
-                    self._update(parameter, group, buffers)
-        update_together(sharded)
+                    whole.append((parameter, group, self.state_of(parameter, group)))
+        buffers: Buffers = {}
+        for pile in piles(whole):
+            _update(pile, buffers)
+        update_together([ShardedUpdate(pile, buffers) for pile in piles(divided)])
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -150,26 +151,6 @@ class Adafactor(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(index, {}).items():
                 if value.dtype != self.state[parameter][name].dtype:
                     self.state[parameter][name] = value.to(parameter.device, copy=True)
-
-    def _update(self, parameter: nn.Parameter, group: dict[str, Any], buffers: Buffers) -> None:
-        """Update one whole parameter in place; work memory is taken from `buffers`, left there."""
-        state = self.state_of(parameter, group)
-        beta2 = advance(state, group)
-        chunks = [chunk for _, chunk in Slices.of(parameter, state).chunks()]
-
-        if group["expert_statistics"] == "joint":
-            # Every chunk must be measured before the first is changed, so U is computed twice.
-            measured = [_measure(chunk, group, beta2, buffers)[2:] for chunk in chunks]
-            update_square, weight_square = (
-                torch.cat(parts).mean(dim=0, keepdim=True) for parts in zip(*measured, strict=True)
-            )
-            for chunk in chunks:
-                scratch = scratch_like(chunk.gradient, buffers)
-                row_factor = _precondition(chunk, scratch)
-                apply_update(chunk, group, scratch, row_factor, update_square, weight_square)
-        else:
-            for chunk in chunks:
-                apply_update(chunk, group, *_measure(chunk, group, beta2, buffers))
 
     def state_of(self, parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Tensor]:
         """The parameter's state, made of zeros before its first step."""
@@ -193,6 +174,28 @@ class Adafactor(torch.optim.Optimizer):
         return state
 
 
+def _update(pile: Pile, buffers: Buffers) -> None:
+    """Update whole parameters in place; work memory is taken from `buffers`, left there."""
+    group, beta2 = pile.group, pile.advance()
+    everything = pile.slices()
+    chunks = [chunk for _, chunk in everything.chunks()]
+    if pile.joint:
+        # Every chunk must be measured before the first is changed, so U is computed twice.
+        measured = [_measure(chunk, group, beta2, buffers)[2:] for chunk in chunks]
+        update_square, weight_square = (
+            torch.cat(parts).mean(dim=0, keepdim=True) for parts in zip(*measured, strict=True)
+        )
+        for chunk in chunks:
+            scratch = scratch_like(chunk.gradient, buffers)
+            row_factor = _precondition(chunk, scratch)
+            apply_update(chunk, group, scratch, row_factor, update_square, weight_square)
+    else:
+        for chunk in chunks:
+            apply_update(chunk, group, *_measure(chunk, group, beta2, buffers))
+    changed = {n: getattr(everything, n) for n in ("parameter", "row", "column", "moment")}
+    pile.store(**changed)
+
+
 def _measure(
     chunk: Slices, group: dict[str, Any], beta2: float, buffers: Buffers
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -205,8 +208,8 @@ def _measure(
     scratch = scratch_like(chunk.gradient, buffers)
     remember(chunk.moments(), chunk.mean_squares(scratch), beta2, group["epsilon1"])
     row_factor = _precondition(chunk, scratch)
-    update_square = mean_square(scratch, row_factor)
-    return scratch, row_factor, update_square, mean_square(chunk.parameter, chunk.ones())
+    update_square = mean_square(scratch, scratch.dtype, row_factor)
+    return scratch, row_factor, update_square, mean_square(chunk.parameter, scratch.dtype)
 
 
 def _precondition(chunk: Slices, scratch: Tensor) -> Tensor:

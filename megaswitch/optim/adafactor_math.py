@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megaswitch.layers.kernels import kernels_of
-from megaswitch.parallel.shard import spec_of
 
 # Bytes of work memory. On a CPU, a step over a big stack is bound by page faults on fresh memory
 # and by cache misses, so the stack is walked in pieces that stay in the last-level cache. On a GPU
@@ -48,26 +46,6 @@ class Slices:
     row: Tensor | None
     column: Tensor | None
     moment: Tensor | None
-
-    @classmethod
-    def of(cls, parameter: nn.Parameter, state: dict[str, Tensor]) -> Slices:
-        """Views of the parameter, its gradient (widened to the states' dtype) and its states."""
-        assert parameter.is_contiguous(), "Adafactor updates contiguous parameters only"
-        assert parameter.grad is not None
-        is_expert = spec_of(parameter).is_expert
-        count = parameter.shape[0] if is_expert else 1
-        matrix = parameter.shape[1:] if is_expert else parameter.shape
-        columns = matrix[-1] if matrix else 1
-        shape = (count, math.prod(matrix[:-1]), columns)
-        row, column, moment = (state.get(name) for name in ("row", "column", "moment"))
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
-        return cls(
-            parameter.view(shape),
-            parameter.grad.to(dtype).reshape(shape),
-            None if row is None else row.view(shape[:2]),
-            None if column is None else column.view(count, columns),
-            None if moment is None else moment.view(shape),
-        )
 
     def chunks(self) -> Iterator[tuple[slice, Slices]]:
         """Runs of whole slices that fit the work memory, at least one slice each; and where."""
@@ -126,13 +104,6 @@ class Slices:
             torch.mul(self.gradient, self.column.rsqrt().unsqueeze(-2), out=scratch)
 
 
-def advance(state: dict[str, Tensor], group: dict[str, Any]) -> float:
-    """Count one more update, and return its β2."""
-    beta2: float = 1.0 - (state["step"].item() + 1.0) ** -group["decay_exponent"]
-    state["step"] += 1
-    return beta2
-
-
 def remember(
     moments: tuple[Tensor, ...], squares: tuple[Tensor, ...], beta2: float, epsilon1: float
 ) -> None:
@@ -154,14 +125,16 @@ def row_factor_of(row: Tensor, mean: Tensor) -> Tensor:
     return (row / mean).rsqrt_().unsqueeze(-1)
 
 
-def mean_square(matrix: Tensor, row_factor: Tensor) -> Tensor:
+def mean_square(matrix: Tensor, dtype: torch.dtype, row_factor: Tensor | None = None) -> Tensor:
     """Mean square of `matrix * row_factor` for each slice, shape [slices].
 
     Row norms come first because torch splits a reduction to a single number among threads, but
     never a row: a slice then has the same sum alone and in a stack.
     """
-    norms = torch.linalg.vector_norm(matrix, dim=-1, dtype=row_factor.dtype)
-    return norms.mul_(row_factor.squeeze(-1)).square_().mean(dim=-1).div_(matrix.shape[-1])
+    norms = torch.linalg.vector_norm(matrix, dim=-1, dtype=dtype)
+    if row_factor is not None:
+        norms.mul_(row_factor.squeeze(-1))
+    return norms.square_().mean(dim=-1).div_(matrix.shape[-1])
 
 
 def apply_update(

@@ -131,9 +131,9 @@ def _global_norm(parameters: list[nn.Parameter], mesh: Mesh) -> Tensor:
     """
     dtype = reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
     counted = [p.grad for p in parameters if p.grad is not None and block_of(p).counts]
-    norms = [torch.linalg.vector_norm(gradient, dtype=dtype) for gradient in counted]
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    if norms:
+    if counted:
+        norms = torch._foreach_norm(counted, dtype=dtype)
         total += torch.stack(norms).double().square().sum()
     dist.all_reduce(total, group=mesh.group)
     return total.sqrt_().to(dtype)

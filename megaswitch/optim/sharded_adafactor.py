@@ -21,16 +21,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from megaswitch.optim.adafactor_math import (
     Buffers,
     Slices,
-    advance,
     apply_update,
     mean_of_rows,
     mean_square,
@@ -38,9 +36,8 @@ from megaswitch.optim.adafactor_math import (
     row_factor_of,
     scratch_like,
 )
+from megaswitch.optim.piles import Pile
 from megaswitch.parallel.mesh import Axis
-from megaswitch.parallel.shard import spec_of
-from megaswitch.parallel.weights import block_of
 
 # A summand, and the axes over whose ranks it is to be summed, in place.
 Term = tuple[Tensor, tuple[Axis, ...]]
@@ -74,14 +71,12 @@ def sum_terms(terms: Iterable[Term]) -> None:
 
 
 class ShardedUpdate:
-    """One step of one divided parameter, cut where its ranks must sum what they measured.
+    """One step of divided parameters that lie alike, cut where ranks must sum what they measured.
 
     Each method but the last returns the terms to be summed before the next one is called.
 
     Args:
-        parameter: this rank's block, with `ShardSpec`, `Block` and gradient.
-        group: its parameter group.
-        state: its statistics; the step is counted at once.
+        pile: this rank's blocks; the step is counted at once.
         buffers: where work memory is taken from and left.
     """
 
@@ -93,36 +88,30 @@ class ShardedUpdate:
     _row_mean: Tensor
     _row_factor: Tensor
 
-    def __init__(
-        self,
-        parameter: nn.Parameter,
-        group: dict[str, Any],
-        state: dict[str, Tensor],
-        buffers: Buffers,
-    ) -> None:
-        assert parameter.grad is not None, "all ranks of a divided parameter need its gradient"
-        self._parameter = parameter
-        self._group = group
-        self._state = state
+    def __init__(self, pile: Pile, buffers: Buffers) -> None:
+        missing = any(p.grad is None for p in pile.parameters)
+        assert not missing, "all ranks of a divided parameter need its gradient"
+        self._pile = pile
         self._buffers = buffers
-        self._block = block_of(parameter)
-        self._beta2 = advance(state, group)
-        self._joint = group["expert_statistics"] == "joint"
+        self._block = pile.block
+        self._beta2 = pile.advance()
         # Dimensions over which RMS(U) and RMS(W) are taken.
-        batched = spec_of(parameter).is_expert and not self._joint
-        self._scaled_dims = range(1 if batched else 0, parameter.ndim)
+        batched = pile.is_expert and not pile.joint
+        self._scaled_dims = range(1 if batched else 0, len(self._block.shape))
 
     def measure_gradient(self) -> list[Term]:
         """Mean squares of the gradient's rows and columns and of W; a moment is complete here."""
         squares: list[tuple[Tensor, ...]] = []
         weights: list[Tensor] = []
-        for _, chunk, scratch in self._chunks():
+        everything = self._pile.slices()
+        for _, chunk, scratch in self._chunks(everything):
             square = chunk.mean_squares(scratch)
             if chunk.moment is None:
                 squares.append(square)
             else:
-                remember(chunk.moments(), square, self._beta2, self._group["epsilon1"])
-            weights.append(mean_square(chunk.parameter, chunk.ones()))
+                remember(chunk.moments(), square, self._beta2, self._pile.group["epsilon1"])
+            weights.append(mean_square(chunk.parameter, scratch.dtype))
+        self._pile.store(moment=everything.moment)
         self._weight_square, term = self._scale_term(weights)
         if not squares:
             return [term]
@@ -131,43 +120,47 @@ class ShardedUpdate:
 
     def measure_rows(self) -> list[Term]:
         """Complete row and column; the mean over all rows."""
-        if "row" not in self._state:
+        row, column = self._pile.joined("row"), self._pile.joined("column")
+        if row is None or column is None:
             return []
-        self._row = self._state["row"].view_as(self._row_square)
-        column = self._state["column"].view_as(self._column_square)
+        self._row, column = row.view_as(self._row_square), column.view_as(self._column_square)
         squares = self._row_square, self._column_square
-        remember((self._row, column), squares, self._beta2, self._group["epsilon1"])
+        remember((self._row, column), squares, self._beta2, self._pile.group["epsilon1"])
+        self._pile.store(row=self._row, column=column)
         self._row_mean = mean_of_rows(self._row)
         return [self._term(self._row_mean, [-2])]
 
     def measure_update(self) -> list[Term]:
         """Mean square of U."""
-        if "row" in self._state:
+        everything = self._pile.slices()
+        if everything.row is not None:
             self._row_factor = row_factor_of(self._row, self._row_mean)
         squares: list[Tensor] = []
-        for run, chunk, scratch in self._chunks():
+        for run, chunk, scratch in self._chunks(everything):
             chunk.precondition(scratch)
-            squares.append(mean_square(scratch, self._factor(run, chunk)))
+            squares.append(mean_square(scratch, scratch.dtype, self._factor(run, chunk)))
         self._update_square, term = self._scale_term(squares)
         return [term]
 
     def apply(self) -> None:
         """Compute U again and subtract it."""
-        for run, chunk, scratch in self._chunks():
+        everything = self._pile.slices()
+        for run, chunk, scratch in self._chunks(everything):
             chunk.precondition(scratch)
-            run_or_all = slice(None) if self._joint else run
+            run_or_all = slice(None) if self._pile.joint else run
             apply_update(
                 chunk,
-                self._group,
+                self._pile.group,
                 scratch,
                 self._factor(run, chunk),
                 self._update_square[run_or_all],
                 self._weight_square[run_or_all],
             )
+        self._pile.store(parameter=everything.parameter)
 
-    def _chunks(self) -> Iterator[tuple[slice, Slices, Tensor]]:
-        """Each run of slices and its work memory; a gradient is widened while this goes on."""
-        for run, chunk in Slices.of(self._parameter, self._state).chunks():
+    def _chunks(self, everything: Slices) -> Iterator[tuple[slice, Slices, Tensor]]:
+        """Each run of slices and its work memory."""
+        for run, chunk in everything.chunks():
             yield run, chunk, scratch_like(chunk.gradient, self._buffers)
 
     def _factor(self, run: slice, chunk: Slices) -> Tensor:
@@ -176,7 +169,7 @@ class ShardedUpdate:
     def _scale_term(self, squares: list[Tensor]) -> tuple[Tensor, Term]:
         """From mean squares of each local slice to those of the global slices or, joint, of all."""
         square = torch.cat(squares)
-        if self._joint:
+        if self._pile.joint:
             square = square.mean(dim=0, keepdim=True)
         return square, self._term(square, self._scaled_dims)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from megaswitch.config import RunConfig
 from megaswitch.model.stages import Stage, plan_stages
 from megaswitch.scale.hardware import Hardware
-from megaswitch.scale.sizes import Held, Sized, balanced, held_by, sums_of
+from megaswitch.scale.sizes import Held, Sized, balanced, held_by, parameters, sums_of
 
 
 class Layout:
@@ -39,9 +39,9 @@ class Layout:
         self.bf16 = config.train.precision == "bf16"
         self.length_of = dict(zip(("encoder", "decoder"), lengths, strict=True))
         self.word = 2 if self.bf16 else 4
-        optim = config.optim.name, config.optim.factored_min_dim, hardware.device
         zero = parallel.zero != "none"
-        self._sums = sums_of(config.model, self.ep, self.tp, self.shards, zero, optim)
+        cuts = self.ep, self.tp, self.shards, zero
+        self._sums = sums_of(config.model, cuts, config.optim, hardware.device)
 
     def own(self, rank: int) -> tuple[Stage, ...]:
         """Stages of a pipeline rank."""
@@ -61,7 +61,8 @@ class Layout:
         key = size.__name__, id(parameters)
         if key not in self._sums:
             self._sums[key] = sum(map(size, parameters))
-        return self._sums[key]
+        known: float = self._sums[key]
+        return known
 
     def sliced(self, p: Sized) -> float:
         """Numbers of a rank's slice over ep and tp."""
@@ -104,11 +105,27 @@ class Layout:
             if sparse
         )
 
+    def can_shard(self) -> bool:
+        """Whether ZeRO can cut all parameters; see `parallel.distribute`."""
+        every = parameters(self.config.model)
+        return not self._sum(self._uneven, every)
+
+    def _uneven(self, p: Sized) -> float:
+        """1 if the parameter is sliced already and cannot be cut, which takes an even dimension."""
+        sliced = self.sliced(p) < math.prod(p.shape)
+        return float(sliced and self.shards_of(p) > 1 and not self._even(p))
+
+    def _pieces(self, p: Sized) -> list[int]:
+        ranks = {"ep": self.ep, "tp": self.tp, None: 1}
+        return [ranks[axis] for axis in p.spec.axes]
+
+    def _even(self, p: Sized) -> list[int]:
+        """Dimensions that ZeRO can cut evenly after slicing."""
+        pieces, shards = self._pieces(p), self.shards_of(p)
+        return [d for d, size in enumerate(p.shape) if size % (pieces[d] * shards) == 0]
+
     def _local_shape(self, p: Sized) -> list[float]:
         """Of a rank's block; ZeRO cuts the first dimension that divides evenly."""
-        ranks = {"ep": self.ep, "tp": self.tp, None: 1}
-        pieces = [ranks[axis] for axis in p.spec.axes]
-        shards = self.shards_of(p)
-        even = [d for d, size in enumerate(p.shape) if size % (pieces[d] * shards) == 0]
-        pieces[even[0] if even else 0] *= shards
+        pieces, even = self._pieces(p), self._even(p)
+        pieces[even[0] if even else 0] *= self.shards_of(p)
         return [size / n for size, n in zip(p.shape, pieces, strict=True)]

@@ -18,6 +18,7 @@ from megaswitch.rules import check
 from megaswitch.scale.estimate import Estimate, at_least, estimate, fullest
 from megaswitch.scale.hardware import Hardware, known, load_hardware
 from megaswitch.scale.holdings import Memory
+from megaswitch.scale.layout import Layout
 from megaswitch.scale.profile import smallest_micro_batch
 from megaswitch.scale.profiles import Profiles, profiles_of
 from megaswitch.scale.routing import shares, simulate_routing
@@ -29,6 +30,7 @@ _MICRO_BATCHES = (1, 2, 4, 8)  # multiples of the smallest that are tried
 _DRAWN = 4  # layers whose routing is drawn
 _DAY = 86400.0
 _SLOWER = "fits, but is slower"
+_UNEVEN = "has parameters that parallel.zero cannot cut evenly"
 # By how much more ranks are tried where nothing fits.
 _MORE_RANKS = (Fraction(5, 4), Fraction(3, 2), *map(Fraction, (2, 3, 4, 6, 8, 12, 16)))
 
@@ -98,17 +100,19 @@ def search(
     for variants in _candidates(config, world, hardware, lengths):
         if problems := check(variants[0], world):
             plan.rejected[_rule(problems[0])] += len(variants)
-        else:
-            allowed.append([(at_least(one, world, lengths, hardware), one) for one in variants])
+            continue
+        each = [one for one in variants if Layout(one, world, lengths, hardware).can_shard()]
+        plan.rejected[_UNEVEN] += len(variants) - len(each)
+        allowed.append([(at_least(one, world, lengths, hardware), one) for one in each])
     if profiles is None:
-        hopeful = [one for each in allowed for need, one in each if need <= hardware.memory]
+        hopeful = [one for group in allowed for need, one in group if need <= hardware.memory]
         ahead = {(one.parallel.tp, one.parallel.ep > 1) for one in hopeful}
         profiles = profiles_of(config, hardware, ahead, processes)
     found: list[Estimate] = []
     unfit: list[tuple[float, RunConfig]] = []
-    for each in allowed:
+    for group in allowed:
         fitting: list[RunConfig] = []
-        for need, candidate in each:
+        for need, candidate in group:
             if any(_is_slower(candidate, other) for other in fitting):
                 plan.rejected[_SLOWER] += 1
                 continue
@@ -299,6 +303,8 @@ def _first_fit(
     for variants in _candidates(config, world, hardware, lengths):
         if not check(variants[0], world):
             for candidate in reversed(variants):  # the leanest first
+                if not Layout(candidate, world, lengths, hardware).can_shard():
+                    continue
                 memory = fullest(candidate, world, lengths, profiles, hardware)
                 if memory.total <= hardware.memory:
                     return memory
@@ -329,7 +335,7 @@ def as_table(plan: Plan, tokens: float) -> dict[str, Any]:
         "hardware": dataclasses.asdict(plan.hardware),
         "tokens": tokens,
         "best": [_row(one, tokens, plan.hardware) for one in plan.best],
-        "rejected": dict(plan.rejected.most_common()),
+        "rejected": {reason: n for reason, n in plan.rejected.most_common() if n},
         "leanest": _row(plan.smallest, tokens, plan.hardware) if plan.smallest else None,
         "remedies": plan.remedies,
     }

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megaswitch.config import ParallelConfig, RunConfig
 from megaswitch.layers.kernels import rehearse
@@ -21,13 +21,12 @@ from megaswitch.layers.linear import GroupedLinear, Linear
 from megaswitch.model.blocks import Block
 from megaswitch.model.moe import SwitchFFN
 from megaswitch.model.switch_transformer import rows_per_group
-from megaswitch.optim.build import build_optimizer, clip_gradients
 from megaswitch.parallel.absent import absent_peers
 from megaswitch.parallel.mesh import Mesh
-from megaswitch.parallel.shard import declare_spec, spec_of
 from megaswitch.scale.recorder import Memory, Recorder, Work
 from megaswitch.scale.rehearsal import Rehearsal
 from megaswitch.scale.sizes import Kind
+from megaswitch.scale.updates import Updates
 from megaswitch.train.objectives import BatchSize, MicroBatch, forward, training_loss
 from megaswitch.train.parts import Parts
 
@@ -64,15 +63,14 @@ class Profile:
         work: bytes that the backward pass takes beyond what was kept, at most, but for those of the
             largest weight's gradient.
         backward: what the backward pass does, each number by that of the forward pass.
-        update: of the optimizer and the gradient norm: bytes moved by weight, operations by piece,
-            that is by tensor, or by experts that are updated together.
+        update: what the optimizer does to a parameter.
     """
 
     blocks: dict[Kind, Cost]
     ends: Cost
     work: float
     backward: Work
-    update: Work
+    update: Updates
 
 
 def smallest_micro_batch(config: RunConfig, lengths: tuple[int, int], tp: int) -> int:
@@ -96,8 +94,8 @@ def profile(
     lengths: tuple[int, int],
     tp: int,
     exchanges: bool,
-    device: str = "cuda",
-    update: Work | None = None,
+    device: str,
+    update: Updates,
 ) -> Profile:
     """Rehearse a model of one block of each kind.
 
@@ -107,7 +105,7 @@ def profile(
         tp: tensor-parallel ranks.
         exchanges: whether experts lie on several ranks.
         device: whose kernels: "cpu" or "cuda".
-        update: as another profile of this model has it, as it hardly depends on the others.
+        update: what the optimizer does, as `update_work` says; it hardly depends on the rest.
     """
     model = config.model
     steps = model.moe.encoder_sparse_step, model.moe.decoder_sparse_step
@@ -135,7 +133,7 @@ def profile(
 
 
 def _measure(
-    rehearsal: Rehearsal, parts: Parts, micro: MicroBatch, rows: int, update: Work | None
+    rehearsal: Rehearsal, parts: Parts, micro: MicroBatch, rows: int, update: Updates
 ) -> Profile:
     recorder, model = rehearsal.recorder, parts.models[0]
     blocks = [*model.encoder.blocks, *model.decoder.blocks]
@@ -177,37 +175,8 @@ def _measure(
         _by_row(ends, rows),
         (work if work > 1.05 * largest else scores) / rows,
         _ratio(backward, total.work),
-        update or _update(rehearsal, parts),
+        update,
     )
-
-
-def _update(rehearsal: Rehearsal, parts: Parts) -> Work:
-    """Of gradients that are there; the second time, so that the optimizer's states are there, too.
-
-    See `Profile.update` for the units.
-    """
-    config = rehearsal.config.optim
-    parts.gradients.finish()
-    parameters = [_piece(w.local) for w in parts.weights.values()]
-    optimizer = build_optimizer(parameters, config)
-    work = Work()
-    for _ in range(2):
-        before = rehearsal.recorder.work
-        clip_gradients(parameters, config.clip_grad_norm, rehearsal.mesh)
-        optimizer.step()
-        work = rehearsal.recorder.work - before
-    numbers = [p.numel() for p in parameters]
-    return Work(moved=work.moved / sum(numbers), operations=work.operations / len(numbers))
-
-
-def _piece(parameter: nn.Parameter) -> nn.Parameter:
-    """A stack's first expert, since an update does with all of them what it does with one."""
-    spec = spec_of(parameter)
-    if not spec.is_expert or len(parameter) == 1:
-        return parameter
-    one = nn.Parameter(parameter.detach()[:1].clone(), requires_grad=parameter.requires_grad)
-    one.grad = torch.empty_like(one)
-    return declare_spec(one, spec)
 
 
 def _ratio(work: Work, by: Work) -> Work:

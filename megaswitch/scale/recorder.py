@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -289,7 +290,7 @@ _LOOKUPS = {_ATEN.embedding, _ATEN.index_select, _ATEN.gather, _ATEN.index}
 
 def _work(func: Any, args: Any, kwargs: Any, result: Any) -> Work:
     packet = func._overloadpacket
-    if func.is_view or packet in _IDLE:
+    if func.is_view or packet in _IDLE or not _has_tensors(func):
         return Work()
     flops = _flops(packet, args, kwargs, result)
     if flops is not None:
@@ -305,6 +306,13 @@ def _work(func: Any, args: Any, kwargs: Any, result: Any) -> Work:
         made = sum(_size(leaf) for leaf in tree_leaves(changed))
     read = made + sum(given[1:]) if packet in _LOOKUPS else sum(given)
     return Work(moved=read + made, operations=1)
+
+
+@cache
+def _has_tensors(func: Any) -> bool:
+    """What neither takes nor makes one asks about types, or marks a range for the profiler."""
+    schema = func._schema
+    return any("Tensor" in str(a.type) for a in (*schema.arguments, *schema.returns))
 
 
 def _size(leaf: Any) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
@@ -156,6 +156,6 @@ def balanced(model: ModelConfig, stages: int, lengths: tuple[int, int]) -> list[
 
 
 @_once
-def sums_of(model: ModelConfig, *cuts: Any) -> dict[tuple[str, int], float]:
-    """Empty, for sums over parameters that `Layout` remembers by what they depend on."""
+def sums_of(model: ModelConfig, *given: Hashable) -> dict[tuple[str, int], Any]:
+    """Empty, for sums over parameters that layouts remember; they depend on what is given alone."""
     return {}

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 
 from megaswitch.model.stages import Stage
 from megaswitch.optim.adafactor_math import slices_at_once
+from megaswitch.optim.piles import at_most
+from megaswitch.parallel.shard import ShardSpec
 from megaswitch.scale.layout import Layout
 from megaswitch.scale.profile import PER_WEIGHT, Cost, Profile
 from megaswitch.scale.recorder import Work
 from megaswitch.scale.sizes import Held, Sized, held_by
+from megaswitch.scale.updates import Way
 
 _BUCKET = 32 << 20  # bytes of gradients that are summed in one call, as in `parallel.gradients`
 
@@ -75,18 +79,16 @@ class Times(Layout):
             profile: of the blocks.
             busiest: by stack, rows of the busiest expert-parallel rank by an even share.
         """
-        parallel = self.config.parallel
         stages = [self._stage(s, profile, busiest) for s in self.stages]
         own = [sum(stages[r :: self.pp], _MicroBatch()) for r in range(self.pp)]
         one = max(own, key=lambda m: m.total)
-        zero_bubble = parallel.schedule == "zero-bubble"
-        bubble = (self.pp - 1) / parallel.stages_per_rank * one.total
+        bubble = self.waits * one.total
         ranks = map(self.held, range(self.pp))
         held = max(ranks, key=lambda held: self.total(self.sliced, held))
-        update = Work(
-            moved=profile.update.moved * self.total(self.sharded, held),
-            operations=profile.update.operations * self.total(self._pieces, held),
-        )
+        update = Work()
+        for way, (numbers, pieces) in self._updated(held).items():
+            cost = profile.update[way]
+            update += Work(moved=numbers * cost.moved, operations=pieces * cost.operations)
         m = self.micro
         parts = {
             "compute": m * one.compute,
@@ -94,10 +96,21 @@ class Times(Layout):
             "tensor_parallel": m * one.tensor_parallel,
             "expert_parallel": m * one.expert_parallel,
             "data_parallel": self._data_parallel(held, one.total),
-            "bubble": bubble / 3 if zero_bubble else bubble,
+            "bubble": bubble,
             "optimizer": self.hardware.seconds_of(update, bf16=False),
         }
         return Seconds(**parts, checkpoint=self._stall(sum(parts.values())))
+
+    @property
+    def waits(self) -> float:
+        """How long a rank waits in a step, in micro-batches of all its stages.
+
+        The first micro-batches fill the pipeline; where they are fewer than its ranks, a rank also
+        waits for its next stage.
+        """
+        parallel, missing = self.config.parallel, max(0, self.pp - self.micro)
+        waits = missing + (min(self.micro, self.pp) - 1) / parallel.stages_per_rank
+        return waits / 3 if parallel.schedule == "zero-bubble" else waits
 
     def checkpoint(self) -> Checkpoint:
         """Each weight and state is written by one rank; the ranks that have most take longest."""
@@ -107,13 +120,41 @@ class Times(Layout):
         bandwidths = self.hardware.host_bandwidth, self.hardware.disk_bandwidth
         return Checkpoint(size, *(slowest / bandwidth for bandwidth in bandwidths))
 
-    def _pieces(self, p: Sized) -> float:
-        """How often an update's operations run; see `adafactor_math.Slices.chunks`."""
-        if self.config.optim.name != "adafactor" or not p.spec.is_expert:
-            return 1.0
-        experts = p.shape[0] // self.ep
-        size = 4.0 * self.sharded(p) / experts
-        return -(-experts // slices_at_once(int(size), self.hardware.device))
+    def _updated(self, held: Held) -> dict[Way, tuple[float, float]]:
+        """By how parameters are updated, the numbers in them and the pieces; see `Updates`.
+
+        Remembered as `_sum` is.
+        """
+        key = "_updated", id(held)
+        if key not in self._sums:
+            alike: Counter[tuple[tuple[int, ...], ShardSpec]] = Counter()
+            for number, group in [*((a.number, a.parameters) for a in held.blocks), (1, held.ends)]:
+                for p in group:
+                    alike[p.shape, p.spec] += number
+            found: dict[Way, tuple[float, float]] = {}
+            for (shape, spec), number in alike.items():
+                p = Sized("", shape, spec, None)
+                way, pieces = self._way(p, number)
+                numbers, before = found.get(way, (0.0, 0.0))
+                found[way] = numbers + number * self.sharded(p), before + pieces
+            self._sums[key] = found
+        known: dict[Way, tuple[float, float]] = self._sums[key]
+        return known
+
+    def _way(self, p: Sized, number: int) -> tuple[Way, float]:
+        """How so many like it are updated, and how often the update's operations run."""
+        optim, device = self.config.optim, self.hardware.device
+        divided = len(p.shape) > 1 and self.sharded(p) < math.prod(p.shape)
+        if optim.name != "adafactor":
+            return Way(divided, piled=False), number
+        size = 4.0 * self.sharded(p)
+        joint = p.spec.is_expert and optim.expert_statistics == "joint"
+        most = at_most(size, device)
+        if min(most, number) > 1 and not joint:
+            return Way(divided, piled=True), -(-number // most)
+        experts = p.shape[0] // self.ep if p.spec.is_expert else 1
+        chunks = -(-experts // slices_at_once(int(size / experts), device))
+        return Way(divided, piled=False), number * chunks
 
     def _saved(self, p: Sized) -> float:
         return 4.0 * self.sharded(p) + self.states(p)

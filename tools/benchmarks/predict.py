@@ -31,6 +31,7 @@ from megaswitch.scale.profile import Profile, profile
 from megaswitch.scale.rehearsal import rehearse_rank
 from megaswitch.scale.simulate import step_seconds as simulated_seconds
 from megaswitch.scale.stopwatch import step_seconds
+from megaswitch.scale.updates import update_work
 from megaswitch.train.placement import row_lengths
 
 BASE = (
@@ -113,7 +114,8 @@ def plan(name: str, hardware: Hardware) -> float:
     def profile_of(tp: int, exchanges: bool) -> Profile:
         key = repr((config.model, config.optim, lengths, tp, exchanges))
         if key not in _PROFILES:
-            _PROFILES[key] = profile(config, lengths, tp, exchanges, "cpu")
+            updates = update_work(config, "cpu")
+            _PROFILES[key] = profile(config, lengths, tp, exchanges, "cpu", updates)
         return _PROFILES[key]
 
     seconds = estimate(config, world, lengths, profile_of, hardware).seconds

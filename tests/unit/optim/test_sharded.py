@@ -52,6 +52,10 @@ PARAMETERS = {
     "expert rows twice": ((2, 9, 6), True, ["", "ab", ""]),
     "expert vectors": ((6, 7), True, ["a", "b"]),
 }
+# Updated together with those that they are like.
+TWINS = ("rows", "columns and rows", "uneven rows", "a rank without rows", "vector",
+         "experts, rows", "experts twice", "a rank without experts")  # fmt: skip
+PARAMETERS |= {f"{name}, again": PARAMETERS[name] for name in TWINS}
 
 
 class Rank:

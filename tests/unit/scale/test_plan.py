@@ -21,6 +21,7 @@ from megaswitch.scale.profile import Cost, Profile, profile
 from megaswitch.scale.recorder import Work
 from megaswitch.scale.rehearsal import rehearse_rank
 from megaswitch.scale.sizes import of_stage
+from megaswitch.scale.updates import Way
 from megaswitch.train.placement import row_lengths
 
 H100 = load_hardware("h100")
@@ -54,7 +55,7 @@ def test_memory_is_that_of_a_rehearsal(name):
     world, config = CASES[name]
     lengths = row_lengths(config)
     parallel = config.parallel
-    costs = profile(config, lengths, parallel.tp, parallel.ep > 1)
+    costs = profile(config, lengths, parallel.tp, parallel.ep > 1, "cuda", {})
     held = Holdings(config, world, lengths, H100)
     for rank in range(parallel.pp):
         planned = held.memory(rank, costs, {})
@@ -84,9 +85,9 @@ def made_up(tp: int, exchanges: bool) -> Profile:
     dense = Cost(2e7 / tp, 1e7 / tp, Work(1e9 / tp, 3e7 / tp, 100.0), traffic, calls)
     kinds = [(stack, sparse) for stack in ("encoder", "decoder") for sparse in (False, True)]
     ends = Cost(1e6, 0.0, Work(1e9, 1e7, 50.0))
-    return Profile(
-        dict.fromkeys(kinds, dense), ends, 1e7, Work(2.0, 2.0, 2.0), Work(moved=30.0, operations=9)
-    )
+    ways = [Way(divided, piled) for divided in (False, True) for piled in (False, True)]
+    update = dict.fromkeys(ways, Work(moved=30.0, operations=9))
+    return Profile(dict.fromkeys(kinds, dense), ends, 1e7, Work(2.0, 2.0, 2.0), update)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,99 @@
+"""What the optimizer does to a parameter, by rehearsal of one of each shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from megaswitch.config import RunConfig
+from megaswitch.layers.kernels import rehearse
+from megaswitch.optim import piles
+from megaswitch.optim.build import build_optimizer, clip_gradients
+from megaswitch.parallel.absent import absent_peers
+from megaswitch.parallel.mesh import Axis, Mesh
+from megaswitch.parallel.shard import declare_spec
+from megaswitch.parallel.weights import Block
+from megaswitch.scale.recorder import Recorder, Work
+from megaswitch.scale.sizes import Sized, parameters
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a parameter is updated: whether ranks divide it; whether in a pile, see `optim.piles`."""
+
+    divided: bool
+    piled: bool
+
+
+# Of the optimizer and the gradient norm: bytes moved by number, operations by piece, that is by
+# parameter, by pile, or by experts that are updated together.
+Updates = dict[Way, Work]
+
+_RANKS = 2
+
+
+def update_work(config: RunConfig, device: str) -> Updates:
+    """Rehearse updates of one parameter of each shape, and of one expert of each stack.
+
+    Args:
+        config: of the run.
+        device: whose kernels: "cpu" or "cuda".
+    """
+    shapes = {_like(p): p for p in parameters(config.model)}.values()
+    recorder = Recorder({tuple(range(_RANKS)): "dp"})
+    item = mock.patch.object(FakeTensor, "item", create=True, return_value=1.0)
+    found: Updates = {}
+    with absent_peers(_RANKS, 0), rehearse(device), FakeTensorMode(), recorder, item:
+        group = dist.group.WORLD
+        axis = Axis("dp", 0, _RANKS, group)
+        mesh = Mesh(0, _RANKS, torch.device("cpu"), group)
+        for divided in (False, True):
+            cut = axis if divided else None
+            own = [p for p in shapes if len(p.shape) > 1] if divided else shapes
+            for number in (1, 2) if config.optim.name == "adafactor" else (1,):
+                made = [_parameter(p, cut) for p in own for _ in range(number)]
+                with mock.patch.object(piles, "at_most", return_value=number):
+                    found[Way(divided, number > 1)] = _work(made, number, config, recorder, mesh)
+    return found
+
+
+def _like(p: Sized) -> tuple[tuple[int, ...], bool, bool]:
+    """Parameters of which this is the same are updated alike."""
+    return _one(p), p.spec.is_expert, p.spec.is_bias
+
+
+def _one(p: Sized) -> tuple[int, ...]:
+    """An update does with all experts what it does with one."""
+    return (1, *p.shape[1:]) if p.spec.is_expert else p.shape
+
+
+def _parameter(p: Sized, axis: Axis | None) -> nn.Parameter:
+    """With a gradient, and cut over the axis as ZeRO cuts matrices."""
+    made = declare_spec(nn.Parameter(torch.empty(_one(p))), p.spec)
+    made.grad = torch.empty_like(made)
+    if axis:
+        whole, cut = Block.whole(made), 1 if p.spec.is_expert else 0
+        shape = tuple(s * axis.size if d == cut else s for d, s in enumerate(whole.shape))
+        axes = tuple((axis,) if d == cut else () for d in range(len(shape)))
+        made.block = Block(shape, whole.offsets, whole.sizes, axes)  # type: ignore[attr-defined]
+    return made
+
+
+def _work(
+    made: list[nn.Parameter], number: int, config: RunConfig, recorder: Recorder, mesh: Mesh
+) -> Work:
+    """Of a step, the second, so that the optimizer's states are there; `number` share a piece."""
+    optimizer = build_optimizer(made, config.optim)
+    work = Work()
+    for _ in range(2):
+        before = recorder.work
+        clip_gradients(made, config.optim.clip_grad_norm, mesh)
+        optimizer.step()
+        work = recorder.work - before
+    numbers = sum(p.numel() for p in made)
+    return Work(moved=work.moved / numbers, operations=work.operations * number / len(made))
