@@ -7,6 +7,8 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Processes that run tests; those of tests/distributed start ranks of their own.
+WORKERS ?= auto
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*.cpp)
 
 .PHONY: demo test test-long test-slurm audit wheel wheels image layouts lint clean
@@ -18,7 +20,8 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not long"
+	$(BIN)/pytest -m "not long" --ignore tests/distributed -n $(WORKERS) --dist loadfile
+	$(BIN)/pytest -m "not long" tests/distributed
 
 test-long: $(STAMP)
 	$(BIN)/pytest -m long --timeout 1800

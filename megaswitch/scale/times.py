@@ -136,7 +136,7 @@ class Times(Layout):
                 p = Sized("", shape, spec, None)
                 way, pieces = self._way(p, number)
                 numbers, before = found.get(way, (0.0, 0.0))
-                found[way] = numbers + number * self.sharded(p), before + pieces
+                found[way] = numbers + number * self.sharded(p), max(1.0, before + pieces)
             self._sums[key] = found
         known: dict[Way, tuple[float, float]] = self._sums[key]
         return known
@@ -146,7 +146,7 @@ class Times(Layout):
         optim, device = self.config.optim, self.hardware.device
         divided = len(p.shape) > 1 and self.sharded(p) < math.prod(p.shape)
         if optim.name != "adafactor":
-            return Way(divided, piled=False), number
+            return Way(divided, piled=False), 0.0  # all together, by one operation
         size = 4.0 * self.sharded(p)
         joint = p.spec.is_expert and optim.expert_statistics == "joint"
         most = at_most(size, device)

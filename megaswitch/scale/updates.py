@@ -30,8 +30,8 @@ class Way:
     piled: bool
 
 
-# Of the optimizer and the gradient norm: bytes moved by number, operations by piece, that is by
-# parameter, by pile, or by experts that are updated together.
+# Of the optimizer and the gradient norm: bytes moved by number, operations by piece. A piece is a
+# parameter, a pile, or the experts that are updated together; to AdamW all parameters are one.
 Updates = dict[Way, Work]
 
 _RANKS = 2
@@ -55,10 +55,15 @@ def update_work(config: RunConfig, device: str) -> Updates:
         for divided in (False, True):
             cut = axis if divided else None
             own = [p for p in shapes if len(p.shape) > 1] if divided else shapes
-            for number in (1, 2) if config.optim.name == "adafactor" else (1,):
+            if config.optim.name != "adafactor":
+                made = [_parameter(p, cut) for p in own]
+                found[Way(divided, piled=False)] = _work(made, 1, config, recorder, mesh)
+                continue
+            for number in (1, 2):
                 made = [_parameter(p, cut) for p in own for _ in range(number)]
                 with mock.patch.object(piles, "at_most", return_value=number):
-                    found[Way(divided, number > 1)] = _work(made, number, config, recorder, mesh)
+                    pieces = len(made) / number
+                    found[Way(divided, number > 1)] = _work(made, pieces, config, recorder, mesh)
     return found
 
 
@@ -85,9 +90,9 @@ def _parameter(p: Sized, axis: Axis | None) -> nn.Parameter:
 
 
 def _work(
-    made: list[nn.Parameter], number: int, config: RunConfig, recorder: Recorder, mesh: Mesh
+    made: list[nn.Parameter], pieces: float, config: RunConfig, recorder: Recorder, mesh: Mesh
 ) -> Work:
-    """Of a step, the second, so that the optimizer's states are there; `number` share a piece."""
+    """Of a step, the second, so that the optimizer's states are there."""
     optimizer = build_optimizer(made, config.optim)
     work = Work()
     for _ in range(2):
@@ -96,4 +101,4 @@ def _work(
         optimizer.step()
         work = recorder.work - before
     numbers = sum(p.numel() for p in made)
-    return Work(moved=work.moved / numbers, operations=work.operations * number / len(made))
+    return Work(moved=work.moved / numbers, operations=work.operations / pieces)
