@@ -80,7 +80,7 @@ def _config(model: str, overrides: tuple[str, ...]) -> RunConfig:
 
 
 def _write(found: Plan, folder: Path) -> None:
-    from megaswitch.scale.plan import planned_toml, sbatch
+    from megaswitch.scale.planned import planned_toml, sbatch
 
     folder.mkdir(parents=True, exist_ok=True)
     best = found.best[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,7 @@ from fractions import Fraction
 from functools import cache
 from typing import Any, Literal
 
-from megaswitch.config import ParallelConfig, RunConfig, load_config, to_toml
+from megaswitch.config import ParallelConfig, RunConfig, load_config
 from megaswitch.presets import PRESETS
 from megaswitch.rules import check
 from megaswitch.scale.estimate import Estimate, at_least, estimate, fullest
@@ -96,14 +95,7 @@ def search(
     lengths = row_lengths(config)
     busiest = _busiest(config, lengths, routing)
     plan = Plan(hardware, world)
-    allowed: list[list[tuple[float, RunConfig]]] = []
-    for variants in _candidates(config, world, hardware, lengths):
-        if problems := check(variants[0], world):
-            plan.rejected[_rule(problems[0])] += len(variants)
-            continue
-        each = [one for one in variants if Layout(one, world, lengths, hardware).can_shard()]
-        plan.rejected[_UNEVEN] += len(variants) - len(each)
-        allowed.append([(at_least(one, world, lengths, hardware), one) for one in each])
+    allowed = list(_allowed(config, plan, lengths))
     if profiles is None:
         hopeful = [one for group in allowed for need, one in group if need <= hardware.memory]
         ahead = {(one.parallel.tp, one.parallel.ep > 1) for one in hopeful}
@@ -137,6 +129,20 @@ def search(
         ))  # fmt: skip
         plan.remedies = list(_remedies(config, plan, profiles))
     return plan
+
+
+def _allowed(
+    config: RunConfig, plan: Plan, lengths: tuple[int, int]
+) -> Iterator[list[tuple[float, RunConfig]]]:
+    """Layouts that keep the rules, with the bytes that each needs at least, as `_candidates`."""
+    world, hardware = plan.world, plan.hardware
+    for variants in _candidates(config, world, hardware, lengths):
+        if problems := check(variants[0], world):
+            plan.rejected[_rule(problems[0])] += len(variants)
+            continue
+        each = [one for one in variants if Layout(one, world, lengths, hardware).can_shard()]
+        plan.rejected[_UNEVEN] += len(variants) - len(each)
+        yield [(at_least(one, world, lengths, hardware), one) for one in each]
 
 
 def _smallest(
@@ -363,36 +369,3 @@ def _row(one: Estimate, tokens: float, hardware: Hardware) -> dict[str, Any]:
         "days_with_failures": real,
         "dollars": real * 24 * one.world * hardware.dollars_per_hour,
     }
-
-
-def planned_toml(one: Estimate, hardware: Hardware) -> str:
-    """The configuration that runs a plan, and what is expected of it."""
-    memory, seconds = one.memory.total / 1e9, one.seconds.total
-    return (
-        f"# Planned for {one.world} ranks of {hardware.name}: {memory:.1f} GB of each, "
-        f"{seconds:.3g} s a step.\n{to_toml(one.config)}"
-    )
-
-
-def sbatch(one: Estimate, hardware: Hardware, config_file: str) -> str:
-    """A SLURM job that runs `config_file` in the layout."""
-    gpus = min(hardware.node_gpus, one.world)
-    nodes = -(-one.world // gpus)
-    return f"""#!/bin/bash
-#SBATCH --job-name=megaswitch
-#SBATCH --nodes={nodes}
-#SBATCH --ntasks-per-node={gpus}
-#SBATCH --gpus-per-node={gpus}
-#SBATCH --exclusive
-#SBATCH --signal=B:USR1@300
-#SBATCH --requeue
-#SBATCH --open-mode=append
-
-# Before the time limit SLURM warns this shell, which passes it on; all ranks then save and end with
-# code 130, and the job is queued again. The same command goes on from the newest checkpoint.
-srun --distribution=block megaswitch train {shlex.quote(config_file)} &
-trap 'asked=yes; kill -USR1 $!' USR1 TERM
-while :; do wait $!; status=$?; kill -0 $! 2>/dev/null || break; done
-if [ "$status" -ne 0 ] && [ -n "$asked" ]; then trap "" TERM; scontrol requeue "$SLURM_JOB_ID"; fi
-exit "$status"
-"""

@@ -20,7 +20,8 @@ from megaswitch.model.count import count
 from megaswitch.rules import check
 from megaswitch.scale.estimate import Estimate, estimate
 from megaswitch.scale.hardware import Hardware, load_hardware
-from megaswitch.scale.plan import Plan, planned_toml, preset_run, search
+from megaswitch.scale.plan import Plan, preset_run, search
+from megaswitch.scale.planned import planned_toml
 from megaswitch.scale.profiles import Profiles, profiles_of
 from megaswitch.scale.routing import simulate_routing
 from megaswitch.train.placement import row_lengths

@@ -16,7 +16,8 @@ from megaswitch.rules import check
 from megaswitch.scale.estimate import estimate
 from megaswitch.scale.hardware import known, load_hardware
 from megaswitch.scale.holdings import Holdings
-from megaswitch.scale.plan import _candidates, sbatch, search
+from megaswitch.scale.plan import _candidates, search
+from megaswitch.scale.planned import sbatch
 from megaswitch.scale.profile import Cost, Profile, profile
 from megaswitch.scale.recorder import Work
 from megaswitch.scale.rehearsal import rehearse_rank

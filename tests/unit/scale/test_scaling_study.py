@@ -10,7 +10,7 @@ import pytest
 from megaswitch.config import load_config
 from megaswitch.scale.estimate import estimate
 from megaswitch.scale.hardware import load_hardware
-from megaswitch.scale.plan import planned_toml
+from megaswitch.scale.planned import planned_toml
 from megaswitch.scale.profiles import profiles_of
 from megaswitch.train.placement import row_lengths
 
