@@ -31,6 +31,7 @@ run switch "$python" tools/benchmarks/switch_gpu.py $te --output "$results/switc
 # shellcheck disable=SC2086
 run step "$python" tools/benchmarks/step_gpu.py $te --output "$results/step.json"
 run megatron "$python" tools/benchmarks/megatron_layer.py --output "$results/megatron.json"
+run adafactor "$python" tools/benchmarks/adafactor.py --device cuda --output "$results/adafactor.json"
 run profile "$python" -m megaswitch train --profile examples/demo.toml --train.steps=8 \
     --train.device=cuda --train.precision=bf16 --train.run_dir="$results/run"
 if [ -n "$failed" ]; then
