@@ -19,7 +19,9 @@ from megaswitch.optim.adafactor import Adafactor
 from megaswitch.parallel.shard import declare_spec
 from megaswitch.scale.sizes import parameters
 
-PRESETS = ("switch-tiny", "t5-small", "t5-base")
+PRESETS = ("switch-tiny", "t5-small")
+
+_OWN = {name: getattr(piles, name) for name in ("_PILE_BYTES_CPU", "_PILE_BYTES_ACCELERATOR")}
 
 
 def variants(preset: str, device: str) -> dict[str, Callable[[], None]]:
@@ -31,7 +33,7 @@ def variants(preset: str, device: str) -> dict[str, Callable[[], None]]:
         made.append(one)
     optimizer = Adafactor(made, lr=0.01)
     limit = "_PILE_BYTES_CPU" if device == "cpu" else "_PILE_BYTES_ACCELERATOR"
-    own = getattr(piles, limit)
+    own = _OWN[limit]
 
     def step(size: int) -> Callable[[], None]:
         def once() -> None:
