@@ -1,12 +1,14 @@
 """A hardware file of this machine, measured: kernels, real training steps, a small group, the disk.
 
-Kernels tell what the machine can do at best. What it does in training is found from steps of small
-models, each rehearsed and run: times of a FLOP, a byte and an operation that explain all of them
-best, none better than the kernel's own.
+Kernels and bare collectives tell what the machine can do at best. What it does in training is found
+from steps of small models, each rehearsed and run: times of a FLOP, a byte and an operation that
+explain all of them best, none better than the kernel's own; then, from steps of a group, times of a
+collective and of a byte that crosses, with all that torch does around them (DTensor, FSDP's hooks).
 """
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import tempfile
@@ -25,13 +27,15 @@ import torch.distributed as dist
 from megaswitch.config import RunConfig, load_config
 from megaswitch.log import UserError, info
 from megaswitch.parallel.mesh import Mesh
-from megaswitch.scale.hardware import Hardware, load_hardware
+from megaswitch.scale.hardware import Hardware, crossing_share, load_hardware
 from megaswitch.scale.links import Link, measure_links, run_ranks
 from megaswitch.scale.recorder import Work
 from megaswitch.scale.rehearsal import rehearse_rank
 from megaswitch.scale.stopwatch import least_seconds, step_seconds
 
 _REPEATS = 12  # the least counts, as a machine may be slow for seconds
+_ROUNDS = 3  # that steps are repeated in
+_EXPERTS, _HEADS = 32, 4  # that groups divide, in steps below
 _PRODUCTS = ((512, 512, 2048), (1024, 1024, 1024), (2048, 512, 2048))
 _SIZES = (1 << 18, 1 << 20, 1 << 22)  # numbers of an array, from a cache's to a memory's
 _DISK = 64 << 20  # bytes
@@ -50,13 +54,40 @@ STEPS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+def group_steps(ranks: int) -> dict[str, tuple[str, ...]]:
+    """Steps of a group that tell most of its collectives; those that so many ranks can divide."""
+    rows = "--train.micro_batch_size=4", f"--train.batch_size={4 * ranks}"
+    steps = {
+        "dp, large vocabulary": (*rows, "--model.vocab_size=16384"),
+        "ZeRO, few tokens": (*rows, "--model.d_model=64", "--parallel.zero=full"),
+        "ZeRO, large vocabulary": (*rows, "--model.vocab_size=16384", "--parallel.zero=full"),
+    }
+    if _EXPERTS % ranks == 0:
+        more = "--train.micro_batch_size=16", f"--train.batch_size={16 * ranks}"
+        steps["ep, 32 experts"] = (*STEPS["32 experts"], *more, f"--parallel.ep={ranks}")
+    if _HEADS % ranks == 0:
+        for name in ("few tokens", "wide, dense"):
+            steps[f"tp, {name}"] = (*STEPS[name], f"--parallel.tp={ranks}")
+    return steps
+
+
 @dataclass(frozen=True)
 class Sample:
-    """A real step: what it did, and how long that took."""
+    """A real step: what it did, and how long that took.
+
+    Attributes:
+        name: of the step.
+        work: of all its operations but collectives.
+        seconds: that it took.
+        calls: of collectives.
+        crossing: bytes of them that leave a rank.
+    """
 
     name: str
     work: Work
     seconds: float
+    calls: float = 0.0
+    crossing: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -70,9 +101,14 @@ class Calibration:
     @property
     def ratios(self) -> dict[str, float]:
         """Predicted by measured seconds of the steps that the machine was fitted to."""
+        machine = self.hardware
+        bf16 = machine.device == "cuda"
+        start, by_byte = machine.collective_seconds, 1 / machine.node_bandwidth
         return {
-            s.name: self.hardware.seconds_of(s.work, bf16=False) / s.seconds for s in self.steps
-        }
+            s.name: (machine.seconds_of(s.work, bf16=bf16) + s.calls * start
+                     + s.crossing * by_byte) / s.seconds
+            for s in self.steps
+        }  # fmt: skip
 
 
 def calibrate(device: str, ranks: int, folder: Path, links_of: str | None = None) -> Calibration:
@@ -96,29 +132,57 @@ def calibrate(device: str, ranks: int, folder: Path, links_of: str | None = None
     place = torch.device(device)
     info("measuring kernels and training steps …")
     together = device == "cpu" and ranks > 1
-    what = device, list(STEPS.values()), _REPEATS
+    # A GPU's host runs ahead: what it does around collectives is hidden.
+    shared = {} if links_of or not together else group_steps(ranks)
+    what = device, list(STEPS.values()), list(shared.values()), _REPEATS
     told = run_ranks(device, ranks, _measure, *what) if together else [_measure(*what)]
     kernels = Kernels(*np.mean([t["kernels"] for t in told], axis=0).tolist())
     seconds = np.mean([t["seconds"] for t in told], axis=0).tolist()
-    works = (rehearse_rank(_config(words, device), 1, 0, device).work for words in STEPS.values())
-    steps = [Sample(*sample) for sample in zip(STEPS, works, seconds, strict=True)]
-    fitted = fit(steps, kernels)
+    alone = [_sample(n, w, 1, s, device) for (n, w), s in zip(STEPS.items(), seconds, strict=False)]
+    fitted = fit(alone, kernels)
     info("measuring a group …")
     links = [] if links_of else measure_links(device, group)
     like = load_hardware(links_of) if links_of else None
-    return Calibration(_hardware(place, ranks, folder, kernels, fitted, links, like), steps, links)
+    took = seconds[len(STEPS) :]
+    joint = [
+        _sample(n, w, ranks, s, device) for (n, w), s in zip(shared.items(), took, strict=True)
+    ]
+    crossing = fit_collectives(joint, fitted, fit_links(links)) if links else None
+    hardware = _hardware(place, ranks, folder, kernels, fitted, crossing, like)
+    return Calibration(hardware, [*alone, *joint], links)
 
 
-def _measure(device: str, steps: Sequence[Sequence[str]], repeats: int) -> dict[str, list[float]]:
-    """Kernels, and seconds of each step, on this rank while the others do the same."""
+def _measure(
+    device: str, alone: Sequence[Sequence[str]], shared: Sequence[Sequence[str]], repeats: int
+) -> dict[str, list[float]]:
+    """Kernels, and seconds of each step, on this rank while the others do the same.
+
+    Each step is measured several times, a minute apart, as machines are slow for a while.
+    """
     place = torch.device(device)
-    mesh = Mesh(0, 1, place, None)
-    kernels, seconds = list(astuple(_kernels(place, repeats))), []
-    for words in steps:
-        if dist.is_initialized():
-            dist.barrier()
-        seconds.append(step_seconds(_config(words, device), mesh, repeats))
-    return {"kernels": kernels, "seconds": seconds}
+    kernels = list(astuple(_kernels(place, repeats)))
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    configs = [(_config(words, device, 1), Mesh(0, 1, place, None)) for words in alone]
+    for words in shared:
+        config = _config(words, device, world)
+        configs.append((config, Mesh.over_ranks(place, config.parallel)))
+    least = [math.inf] * len(configs)
+    for _ in range(_ROUNDS):
+        for i, (config, mesh) in enumerate(configs):
+            if dist.is_initialized():
+                dist.barrier()
+            least[i] = min(least[i], step_seconds(config, mesh, -(-repeats // _ROUNDS)))
+    return {"kernels": kernels, "seconds": least}
+
+
+def _sample(name: str, words: Sequence[str], world: int, seconds: float, device: str) -> Sample:
+    config = _config(words, device, world)
+    step = rehearse_rank(config, world, 0, device)
+    calls = crossing = 0.0
+    for kind, number in step.collectives.items():
+        calls += number
+        crossing += number * kind.size * crossing_share(kind.operation, world)
+    return Sample(name, step.work, seconds, calls, crossing)
 
 
 @dataclass(frozen=True)
@@ -159,8 +223,8 @@ def _kernels(device: torch.device, repeats: int) -> Kernels:
     )  # fmt: skip
 
 
-def _config(words: Sequence[str], device: str) -> RunConfig:
-    config = load_config(None, (*_TINY, *words))
+def _config(words: Sequence[str], device: str, world: int) -> RunConfig:
+    config = load_config(None, (*_TINY, *words), world_size=world)
     if device == "cuda":
         config = replace(config, train=replace(config.train, precision="bf16"))
     return config
@@ -171,15 +235,50 @@ def fit(steps: Sequence[Sample], kernels: Kernels) -> Work:
 
     The squares of relative errors are least, of times no shorter than the kernels'.
     """
-    least = np.array([1 / kernels.fp32_flops, 1 / kernels.memory_bandwidth, kernels.operation])
-    amounts = np.array([[s.work.flops, s.work.moved, s.work.operations] for s in steps])
-    shares = amounts * least / np.array([[s.seconds] for s in steps])
-    times = np.ones(3)  # by the kernels' own
-    for _ in range(2000):  # a convex problem of three numbers, one after the other
-        for i in range(3):
-            missing = 1 - shares @ times + shares[:, i] * times[i]
-            times[i] = max(1.0, shares[:, i] @ missing / (shares[:, i] @ shares[:, i]))
-    return Work(*(times * least).tolist())
+    least = [1 / kernels.fp32_flops, 1 / kernels.memory_bandwidth, kernels.operation]
+    amounts = [[s.work.flops, s.work.moved, s.work.operations] for s in steps]
+    return Work(*_times(amounts, [s.seconds for s in steps], least))
+
+
+def fit_collectives(
+    steps: Sequence[Sample], fitted: Work, least: tuple[float, float]
+) -> tuple[float, float]:
+    """Seconds of a collective, and by byte that crosses, in training steps of a group.
+
+    Args:
+        steps: of a group; none: `least` is all that is known.
+        fitted: what `fit` found.
+        least: both of bare collectives.
+    """
+    if not steps:
+        return least
+    parts = [(s.work.flops, s.work.moved, s.work.operations) for s in steps]
+    whole = [s.seconds for s in steps]
+    left = [w - np.dot(part, astuple(fitted)) for w, part in zip(whole, parts, strict=True)]
+    start, by_byte = _times([[s.calls, s.crossing] for s in steps], left, least, whole)
+    return start, by_byte
+
+
+def _times(
+    amounts: Sequence[Sequence[float]],
+    seconds: Sequence[float],
+    least: Sequence[float],
+    of: Sequence[float] | None = None,
+) -> list[float]:
+    """Of one of each amount, so that sums come closest to `seconds`; none below its least.
+
+    The squares of errors are least, relative to `of`, or to the seconds themselves.
+    """
+    whole = np.array(of or seconds)
+    shares = np.array(amounts) * np.array(least) / whole[:, None]
+    aims = np.array(seconds) / whole
+    times = np.ones(len(least))  # by the least
+    for _ in range(2000):  # a convex problem of few numbers, one after the other
+        for i, column in enumerate(shares.T):
+            missing = aims - shares @ times + column * times[i]
+            times[i] = max(1.0, column @ missing / (column @ column))
+    found: list[float] = (times * least).tolist()
+    return found
 
 
 def _hardware(
@@ -188,7 +287,7 @@ def _hardware(
     folder: Path,
     kernels: Kernels,
     fitted: Work,
-    links: Sequence[Link],
+    crossing: tuple[float, float] | None,
     like: Hardware | None,
 ) -> Hardware:
     gpu = device.type == "cuda"
@@ -201,9 +300,9 @@ def _hardware(
         link, start, nodes = like.node_bandwidth, like.collective_seconds, like.node_gpus
         network, efficiency = like.network_bandwidth, like.link_efficiency
     else:
-        start, by_byte = fit_links(links)
-        link = network = 1 / by_byte
-        efficiency, nodes = 1.0, ranks
+        assert crossing
+        start, link = crossing[0], 1 / crossing[1]
+        network, efficiency, nodes = link, 1.0, ranks
     peak = kernels.bf16_flops if gpu else kernels.fp32_flops
     return Hardware(
         name=f"{name}, calibrated",

@@ -68,9 +68,14 @@ class Hardware:
             return 0.0
         inside = stride * ranks <= self.node_gpus
         speed = self.node_bandwidth if inside else self.network_bandwidth
-        times = {"send": 1.0, "all_reduce": 2 * (ranks - 1) / ranks}
-        share = times.get(operation, (ranks - 1) / ranks)
+        share = crossing_share(operation, ranks)
         return calls * self.collective_seconds + size * share / (speed * self.link_efficiency)
+
+
+def crossing_share(operation: str, ranks: int) -> float:
+    """Bytes that leave a rank of a ring, by the operation's as `parallel/README.md` counts."""
+    shares = {"send": 1.0, "all_reduce": 2 * (ranks - 1) / ranks}
+    return shares.get(operation, (ranks - 1) / ranks)
 
 
 def known() -> list[str]:

@@ -1,6 +1,7 @@
 """Calibration: the fit finds what the times were made of; a machine's own file is accepted."""
 
 import json
+from dataclasses import astuple, replace
 
 import pytest
 import torch
@@ -9,12 +10,14 @@ from click.testing import CliRunner
 from megaswitch.cli import cli
 from megaswitch.config import load_config
 from megaswitch.scale import calibrate as calibration
-from megaswitch.scale.calibrate import Kernels, Sample, fit, fit_links
+from megaswitch.scale.calibrate import Kernels, Sample, fit, fit_collectives, fit_links, group_steps
 from megaswitch.scale.hardware import load_hardware
+from megaswitch.scale.layout import Layout
 from megaswitch.scale.links import Link
 from megaswitch.scale.recorder import Work
 from megaswitch.scale.rehearsal import rehearse_rank
 from megaswitch.scale.simulate import step_seconds
+from megaswitch.train.placement import row_lengths
 
 # Without dropout, whose draws are made in blocks of so many bytes on a CPU.
 SMALL = ("--model.preset=t5-tiny", "--model.num_encoder_layers=1", "--model.num_decoder_layers=1",
@@ -44,6 +47,46 @@ def test_no_step_is_faster_than_its_kernels():
 def test_links_are_a_start_and_a_speed():
     links = [Link("all_reduce", n, float(n), 1e-4 + n * 1e-9) for n in (10**3, 10**5, 10**7)]
     assert fit_links(links) == pytest.approx((1e-4, 1e-9))
+
+
+def test_collectives_in_training_are_what_a_group_takes_beyond_its_work():
+    fitted = Work(5e-11, 2e-10, 1e-5)
+    amounts = [(60, 1e6), (30, 1e8), (3, 1e7), (12, 4e6)]
+    steps = [
+        replace(
+            s, seconds=s.seconds + calls * 1e-3 + crossing * 1e-9, calls=calls, crossing=crossing
+        )
+        for s, (calls, crossing) in zip(samples(*astuple(fitted)), amounts, strict=True)
+    ]
+    assert fit_collectives(steps, fitted, (1e-4, 1e-10)) == pytest.approx((1e-3, 1e-9), rel=1e-3)
+    start, by_byte = fit_collectives(steps, fitted, (1e-4, 3e-9))
+    assert by_byte == pytest.approx(3e-9), "never faster than bare"
+    assert start < 1e-3
+    assert fit_collectives([], fitted, (1e-4, 1e-10)) == (1e-4, 1e-10)
+
+
+@pytest.mark.parametrize(("ranks", "number"), [(2, 6), (3, 3), (4, 6), (8, 4)])
+def test_a_group_of_any_size_has_steps_that_suit_it(ranks, number):
+    steps = group_steps(ranks)
+    assert len(steps) == number
+    for words in steps.values():
+        config = load_config(None, (*calibration._TINY, *words), world_size=ranks)
+        assert Layout(config, ranks, row_lengths(config), load_hardware("h100")).can_shard()
+    assert "tp, few tokens" in group_steps(2), "or what DTensor takes is not known"
+
+
+@pytest.mark.long
+def test_a_group_explains_its_own_steps(tmp_path):
+    """Loose, as this machine may be busy: two processes, all steps."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = calibration.calibrate("cpu", 2, tmp_path)
+    torch.set_num_threads(threads)
+    assert found.ratios.keys() == {*calibration.STEPS, *group_steps(2)}
+    assert all(0.5 < ratio < 2 for ratio in found.ratios.values()), found.ratios
+    bare_start, bare_byte = fit_links(found.links)
+    assert found.hardware.collective_seconds >= bare_start
+    assert found.hardware.node_bandwidth <= 1 / bare_byte
 
 
 def test_a_machine_file_serves_plan_and_simulate(tmp_path, monkeypatch):
