@@ -66,7 +66,7 @@ RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
 }  # fmt: skip
 
 REFERENCE = "32 experts"  # of the calibration's steps
-_ROUNDS = 2
+_ROUNDS = 5
 
 
 def config_of(name: str) -> RunConfig:
@@ -78,7 +78,8 @@ def config_of(name: str) -> RunConfig:
 def measure(names: Sequence[str], repeats: int) -> list[float]:
     """Seconds of each run on this rank, by those of the reference; alone, or as one of two.
 
-    A shared machine is twice as slow for minutes, so the reference is timed right before each run.
+    A shared machine is twice as slow for minutes, so the reference is timed right before each run,
+    and the median of several rounds counts.
     """
     torch.set_num_threads(1)
     cpu = torch.device("cpu")
@@ -143,7 +144,7 @@ def main() -> None:
     """Calibrate, predict, measure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
