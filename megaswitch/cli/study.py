@@ -156,7 +156,8 @@ def calibrate(output: Path, device: str, ranks: int, links_of: str | None, as_js
 
     Matrix products, memory, collectives of a small group, the disk that the file lies on, and
     training steps of a few small models, which tell what a step reaches of all that. On CPUs times
-    are CPU-seconds of one thread, with all ranks busy at once. Takes some minutes.
+    are CPU-seconds of one thread, with all ranks busy at once; steps that ranks make together tell
+    what collectives take. Takes some minutes.
 
     \b
     Examples:

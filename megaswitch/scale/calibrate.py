@@ -138,15 +138,13 @@ def calibrate(device: str, ranks: int, folder: Path, links_of: str | None = None
     told = run_ranks(device, ranks, _measure, *what) if together else [_measure(*what)]
     kernels = Kernels(*np.mean([t["kernels"] for t in told], axis=0).tolist())
     seconds = np.mean([t["seconds"] for t in told], axis=0).tolist()
-    alone = [_sample(n, w, 1, s, device) for (n, w), s in zip(STEPS.items(), seconds, strict=False)]
+    took = iter(seconds)  # of the steps alone, then of the shared ones
+    alone = [_sample(name, words, 1, next(took), device) for name, words in STEPS.items()]
     fitted = fit(alone, kernels)
     info("measuring a group …")
     links = [] if links_of else measure_links(device, group)
     like = load_hardware(links_of) if links_of else None
-    took = seconds[len(STEPS) :]
-    joint = [
-        _sample(n, w, ranks, s, device) for (n, w), s in zip(shared.items(), took, strict=True)
-    ]
+    joint = [_sample(name, words, ranks, next(took), device) for name, words in shared.items()]
     crossing = fit_collectives(joint, fitted, fit_links(links)) if links else None
     hardware = _hardware(place, ranks, folder, kernels, fitted, crossing, like)
     return Calibration(hardware, [*alone, *joint], links)
@@ -157,7 +155,7 @@ def _measure(
 ) -> dict[str, list[float]]:
     """Kernels, and seconds of each step, on this rank while the others do the same.
 
-    Each step is measured several times, a minute apart, as machines are slow for a while.
+    Each step is measured in several rounds, as machines are slow for a while.
     """
     place = torch.device(device)
     kernels = list(astuple(_kernels(place, repeats)))

@@ -15,7 +15,7 @@ from megaswitch.scale.layout import Layout
 from megaswitch.scale.profile import PER_WEIGHT, Cost, Profile
 from megaswitch.scale.recorder import Work
 from megaswitch.scale.sizes import Held, Sized, held_by
-from megaswitch.scale.updates import Way
+from megaswitch.scale.updates import Way, is_joint
 
 _BUCKET = 32 << 20  # bytes of gradients that are summed in one call, as in `parallel.gradients`
 
@@ -148,13 +148,13 @@ class Times(Layout):
         if optim.name != "adafactor":
             return Way(divided, piled=False), 0.0  # all together, by one operation
         size = 4.0 * self.sharded(p)
-        joint = p.spec.is_expert and optim.expert_statistics == "joint"
+        joint = is_joint(p, self.config)
         most = at_most(size, device)
         if min(most, number) > 1 and not joint:
             return Way(divided, piled=True), -(-number // most)
         experts = p.shape[0] // self.ep if p.spec.is_expert else 1
         chunks = -(-experts // slices_at_once(int(size / experts), device))
-        return Way(divided, piled=False), number * chunks
+        return Way(divided, piled=False, joint=joint), number * chunks
 
     def _saved(self, p: Sized) -> float:
         return 4.0 * self.sharded(p) + self.states(p)
@@ -247,14 +247,16 @@ class Times(Layout):
                 calls=self.micro * (1 + gathers) * blocks,
                 **place,
             )
-        hidden = 0.0
+        return max(0.0, total - self._hiding(micro_batch))
+
+    def _hiding(self, micro_batch: float) -> float:
+        """Seconds of a step behind which weights and gradients can travel."""
+        parallel = self.config.parallel
         if self.hardware.device == "cpu":
-            pass  # whoever sends takes the time of the cores that compute
-        elif zero != "none":
-            hidden = 0.8 * self.micro * micro_batch
-        elif self.pp == 1 and self.config.parallel.overlap_gradients:
-            hidden = 0.6 * micro_batch
-        return max(0.0, total - hidden)
+            return 0.0  # what is sent takes the time of cores that compute
+        if parallel.zero != "none":
+            return 0.8 * self.micro * micro_batch
+        return 0.6 * micro_batch if self.pp == 1 and parallel.overlap_gradients else 0.0
 
     def _dense(self, p: Sized) -> float:
         return 0.0 if p.spec.is_expert else self.sliced(p)

@@ -24,10 +24,17 @@ from megaswitch.scale.sizes import Sized, parameters
 
 @dataclass(frozen=True)
 class Way:
-    """How a parameter is updated: whether ranks divide it; whether in a pile, see `optim.piles`."""
+    """How a parameter is updated.
+
+    Attributes:
+        divided: ranks hold parts of it.
+        piled: with others of its shape, see `optim.piles`.
+        joint: its experts share statistics.
+    """
 
     divided: bool
     piled: bool
+    joint: bool = False
 
 
 # Of the optimizer and the gradient norm: bytes moved by number, operations by piece. A piece is a
@@ -59,12 +66,18 @@ def update_work(config: RunConfig, device: str) -> Updates:
                 made = [_parameter(p, cut) for p in own]
                 found[Way(divided, piled=False)] = _work(made, 1, config, recorder, mesh)
                 continue
-            for number in (1, 2):
-                made = [_parameter(p, cut) for p in own for _ in range(number)]
+            for number, joint in ((1, False), (2, False), (1, True)):
+                some = [p for p in own if is_joint(p, config) == joint]
+                made = [_parameter(p, cut) for p in some for _ in range(number)]
                 with mock.patch.object(piles, "at_most", return_value=number):
-                    pieces = len(made) / number
-                    found[Way(divided, number > 1)] = _work(made, pieces, config, recorder, mesh)
+                    work = _work(made, len(some), config, recorder, mesh) if some else Work()
+                found[Way(divided, number > 1, joint)] = work
     return found
+
+
+def is_joint(p: Sized, config: RunConfig) -> bool:
+    """Whether it is experts of which Adafactor takes statistics together."""
+    return p.spec.is_expert and config.optim.expert_statistics == "joint"
 
 
 def _like(p: Sized) -> tuple[tuple[int, ...], bool, bool]:

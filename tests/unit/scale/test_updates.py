@@ -52,5 +52,5 @@ def test_plans_count_what_an_update_does(preset, device, extra):
     for way, (numbers, pieces) in times._updated(times.held(0)).items():
         planned += Work(moved=numbers * costs[way].moved, operations=pieces * costs[way].operations)
     real = of_a_step(config, device)
-    assert planned.moved == pytest.approx(real.moved, rel=0.15)
+    assert planned.moved == pytest.approx(real.moved, rel=0.1)
     assert planned.operations == pytest.approx(real.operations, rel=0.25)
