@@ -310,7 +310,8 @@ def _hardware(
             "seconds are of the GPU" if gpu else "seconds are CPU-seconds of a rank",
             f"links of {like.name}"
             if like
-            else f"links of {max(2, ranks)} ranks in this machine; no network was measured",
+            else f"links of {max(2, ranks)} ranks in this machine, "
+            f"{'bare' if gpu or ranks == 1 else 'in training steps'}; no network was measured",
             "assumptions: dollars_per_hour, hours_between_failures",
         ],
         device=device.type,

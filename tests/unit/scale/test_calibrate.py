@@ -9,7 +9,9 @@ from click.testing import CliRunner
 
 from megaswitch.cli import cli
 from megaswitch.config import load_config
+from megaswitch.parallel.mesh import Mesh
 from megaswitch.scale import calibrate as calibration
+from megaswitch.scale import stopwatch
 from megaswitch.scale.calibrate import Kernels, Sample, fit, fit_collectives, fit_links, group_steps
 from megaswitch.scale.hardware import load_hardware
 from megaswitch.scale.layout import Layout
@@ -17,6 +19,7 @@ from megaswitch.scale.links import Link
 from megaswitch.scale.recorder import Work
 from megaswitch.scale.rehearsal import rehearse_rank
 from megaswitch.scale.simulate import step_seconds
+from megaswitch.train.parts import build_parts
 from megaswitch.train.placement import row_lengths
 
 # Without dropout, whose draws are made in blocks of so many bytes on a CPU.
@@ -87,6 +90,22 @@ def test_a_group_explains_its_own_steps(tmp_path):
     bare_start, bare_byte = fit_links(found.links)
     assert found.hardware.collective_seconds >= bare_start
     assert found.hardware.node_bandwidth <= 1 / bare_byte
+
+
+def test_timed_models_stay_as_they_were_drawn(monkeypatch):
+    """On random tokens they would diverge, and CPUs take far longer for what comes of it."""
+    config, mesh, made = load_config(None, SMALL), Mesh(0, 1, torch.device("cpu"), None), []
+
+    def build(*args, **kwargs):
+        made.append(build_parts(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(stopwatch, "build_parts", build)
+    stopwatch.step_seconds(config, mesh, 3)
+    drawn = build(config, mesh, lengths=row_lengths(config))
+    drawn.initialize(config.train.seed)
+    for timed, weight in zip(*(parts.parameters() for parts in made), strict=True):
+        torch.testing.assert_close(timed, weight, rtol=1e-4, atol=1e-4)
 
 
 def test_a_machine_file_serves_plan_and_simulate(tmp_path, monkeypatch):
