@@ -1,4 +1,4 @@
-"""Builds the C++ data core; everything else is declared in pyproject.toml."""
+"""Builds the C++ core; everything else is declared in pyproject.toml."""
 
 import sys
 from glob import glob
@@ -9,7 +9,7 @@ try:
     from pybind11.setup_helpers import Pybind11Extension, build_ext
 except ImportError:
     sys.exit(
-        "megaswitch: pybind11 is needed to build the C++ data core and was not found. "
+        "megaswitch: pybind11 is needed to build the C++ core and was not found. "
         "Install it first (`pip install pybind11`) or leave out --no-build-isolation."
     )
 
@@ -18,12 +18,12 @@ class BuildOrExplain(build_ext):
     """Compiles the extension; a failure ends the installation with what is missing."""
 
     def build_extension(self, ext: Pybind11Extension) -> None:  # type: ignore[override]
-        """Build `ext`, or stop with a remedy: there is no pure-Python data path to fall back to."""
+        """Build `ext`, or stop with a remedy: there is no Python path to fall back to."""
         try:
             super().build_extension(ext)
         except Exception as error:
             raise RuntimeError(
-                "megaswitch: the C++ data core (csrc/) could not be compiled, and it is not "
+                "megaswitch: the C++ core (csrc/) could not be compiled, and it is not "
                 "optional. A C++17 compiler and the Python headers are needed, e.g. "
                 "`apt-get install g++ python3-dev` or `xcode-select --install`. "
                 f"The compiler said: {error}"

@@ -1,4 +1,4 @@
-// The Python face of the data core. Only `megaswitch/data/native.py` imports this module; the
+// The Python face of the core. Only `megaswitch/native.py` imports this module; the
 // types are in `megaswitch/_C.pyi`. Long work runs without the GIL.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -16,6 +16,7 @@
 #include "indexed.h"
 #include "loader.h"
 #include "mixture.h"
+#include "number_bindings.h"
 #include "permutation.h"
 #include "philox.h"
 #include "sampler.h"
@@ -276,6 +277,7 @@ PYBIND11_MODULE(_C, module) {
       .def("close", &HoldingLoader::close);
 
   bind_documents(module);
+  bind_numbers(module);
 
   module.def("corrupt", &corrupt_sample, py::arg("raw").noconvert(), py::arg("layout"),
              py::kw_only(), py::arg("seed"), py::arg("sample_index"));

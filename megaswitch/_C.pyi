@@ -1,6 +1,7 @@
-"""Types of the C++ data core (`csrc/bindings.cpp`). Only `megaswitch.data.native` imports it."""
+"""Types of the C++ core (`csrc/bindings.cpp`). Only `megaswitch.native` imports it."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -208,3 +209,25 @@ def permute(positions: NDArray[np.int64], *, size: int, seed: int, epoch: int) -
 
 def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> list[int]:
     """One block of Philox4x32-10."""
+
+_Numbers = TypeVar("_Numbers", np.float32, np.float64)
+
+def adafactor(
+    parameter: NDArray[_Numbers],
+    gradient: NDArray[_Numbers],
+    row: NDArray[_Numbers],
+    column: NDArray[_Numbers],
+    *,
+    learning_rate: float,
+    beta2: float,
+    clip_threshold: float,
+    epsilon1: float,
+    epsilon2: float,
+    keep: float,
+    scale_by_parameter: bool,
+    threads: int,
+) -> None:
+    """Update each matrix of `parameter` […, rows, columns] and its moments, in place."""
+
+def draw(keys: NDArray[np.int64], first: int, out: NDArray[np.float32], *, threads: int) -> None:
+    """Fill `out` [N, n] with draws first … first + n of each of N keys."""

@@ -54,7 +54,8 @@ def check_core() -> None:
     """Call the compiled core and compare it with its oracles in Python."""
     import numpy as np
 
-    from megaswitch.data import native, philox
+    from megaswitch import native
+    from megaswitch.data import philox
 
     counter, key = (1, 2, 3, 4), (5, 6)
     same = tuple(native.philox4x32(counter, key)) == philox.philox4x32(counter, key)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from megaswitch.data import native
+from megaswitch import native
 from megaswitch.data.corpus_checks import (
     check_ids,
     check_sentinels,

@@ -22,7 +22,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from megaswitch.data import native
+from megaswitch import native
 from megaswitch.files import sync
 from megaswitch.log import UserError
 

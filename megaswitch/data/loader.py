@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megaswitch.data import native
+from megaswitch import native
 from megaswitch.data.corpus_checks import check_ids, check_sentinels, check_vocabulary, fingerprint
 from megaswitch.data.indexed import TokenizerInfo, TokenStore
 from megaswitch.data.samples import Corpus

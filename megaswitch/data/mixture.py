@@ -16,7 +16,7 @@ from itertools import accumulate
 
 import torch
 
-from megaswitch.data import native
+from megaswitch import native
 from megaswitch.data.philox import KeyedPermutation, Random, Stream
 from megaswitch.data.samples import Corpus, Samples, Segment
 from megaswitch.log import UserError

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megaswitch.data import native
+from megaswitch import native
 from megaswitch.data.indexed import companion
 from megaswitch.files import sync
 from megaswitch.log import UserError, info, warn

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megaswitch.data import native
+from megaswitch import native
 from megaswitch.data.blocks import check_inputs
 from megaswitch.data.encode_files import encode_files
 from megaswitch.data.encoding import Encoder

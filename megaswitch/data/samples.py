@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megaswitch.data import native
+from megaswitch import native
 from megaswitch.data.span_corruption import PAD_ID, Seq2SeqBatch
 from megaswitch.log import UserError
 

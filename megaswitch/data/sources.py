@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megaswitch.data import native
+from megaswitch import native
 from megaswitch.data.blocks import is_json_lines
 from megaswitch.data.compression import bare
 from megaswitch.data.encode_files import encode_files

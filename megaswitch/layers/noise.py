@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megaswitch import native
 from megaswitch.layers.compiled import region_to_compile, regions_are_compiled
 from megaswitch.layers.kernels import kernels_of
 from megaswitch.layers.parameter import stable_hash
@@ -23,9 +24,6 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 _ALL = slice(None)
-
-# Bytes of work memory on a CPU: what is made of a block of draws stays in the second-level cache.
-_SCRATCH_BYTES = 1 << 20
 
 
 def _mix(x: Tensor, scratch: Tensor) -> Tensor:
@@ -110,19 +108,30 @@ def draw(keys: Tensor, columns: range) -> Tensor:
     """Uniform draws in [0, 1), fp32: [N, len(columns)] for keys [N] int64."""
     if regions_are_compiled():
         return _draw_at_once(keys, columns.start, columns.stop)
+    if kernels_of(keys) == "cpu":
+        draws: Tensor = torch.ops.megaswitch.draw(keys, columns.start, len(columns))
+        return draws
     elements = torch.arange(columns.start + 1, columns.stop + 1, device=keys.device)
-    elements.mul_(_GOLDEN)
-    draws = torch.empty(len(keys), len(columns), device=keys.device, dtype=torch.float32)
-    # A GPU wants few big kernels, a CPU few bytes at a time.
-    block = _SCRATCH_BYTES // elements.itemsize if kernels_of(keys) == "cpu" else draws.numel()
-    block = max(1, block)
-    for some, out in zip(elements.split(block), draws.split(block, 1), strict=True):
-        rows = max(1, block // max(1, len(some)))
-        for key, target in zip(keys.split(rows), out.split(rows), strict=True):
-            counters = key[:, None] + some
-            bits = _mix(counters, torch.empty_like(counters)) >> 40
-            target.copy_(bits.bitwise_and_((1 << 24) - 1)).mul_(2.0**-24)
+    counters = keys[:, None] + elements.mul_(_GOLDEN)
+    bits = _mix(counters, torch.empty_like(counters)) >> 40
+    return bits.bitwise_and_((1 << 24) - 1).to(torch.float32).mul_(2.0**-24)
+
+
+_LIBRARY = torch.library.Library("megaswitch", "FRAGMENT")
+_LIBRARY.define("draw(Tensor keys, int first, int number) -> Tensor")
+
+
+@torch.library.impl(_LIBRARY, "draw", "CPU")
+def _draw_in_the_core(keys: Tensor, first: int, number: int) -> Tensor:
+    draws = torch.empty(len(keys), number, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    native.draw(keys.contiguous().numpy(), first, draws.numpy(), threads=threads)
     return draws
+
+
+@torch.library.register_fake("megaswitch::draw", lib=_LIBRARY)
+def _(keys: Tensor, first: int, number: int) -> Tensor:
+    return keys.new_empty(len(keys), number, dtype=torch.float32)
 
 
 @region_to_compile

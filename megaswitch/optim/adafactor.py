@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megaswitch.log import UserError
+from megaswitch.optim import native_adafactor
 from megaswitch.optim.adafactor_math import (
     Buffers,
     Slices,
@@ -131,10 +132,16 @@ class Adafactor(torch.optim.Optimizer):
         whole, divided = [], []
         for group in self.param_groups:
             for parameter in group["params"]:
-                if not block_of(parameter).is_whole:
-                    divided.append((parameter, group, self.state_of(parameter, group)))
-                elif parameter.grad is not None:
-                    whole.append((parameter, group, self.state_of(parameter, group)))
+                is_whole = block_of(parameter).is_whole
+                if is_whole and parameter.grad is None:
+                    continue
+                own = parameter, group, self.state_of(parameter, group)
+                if not is_whole:
+                    divided.append(own)
+                elif native_adafactor.suits(*own):
+                    native_adafactor.update(*own)
+                else:
+                    whole.append(own)
         buffers: Buffers = {}
         for pile in piles(whole):
             _update(pile, buffers)

@@ -95,9 +95,15 @@ class Pile:
     def advance(self) -> float:
         """Count one more update, and return its β2."""
         steps = [state["step"] for state in self.states]
-        beta2: float = 1.0 - (steps[0].item() + 1.0) ** -self.group["decay_exponent"]
+        beta2 = beta2_after(steps[0], self.group)
         torch._foreach_add_(steps, 1)
         return beta2
+
+
+def beta2_after(step: Tensor, group: dict[str, Any]) -> float:
+    """β2 of the update that follows so many."""
+    beta2: float = 1.0 - (step.item() + 1.0) ** -group["decay_exponent"]
+    return beta2
 
 
 def piles(

@@ -9,6 +9,7 @@ from megaswitch.config import RunConfig
 from megaswitch.model.stages import Stage, plan_stages
 from megaswitch.scale.hardware import Hardware
 from megaswitch.scale.sizes import Held, Sized, balanced, held_by, parameters, sums_of
+from megaswitch.scale.updates import is_factored
 
 
 class Layout:
@@ -85,8 +86,7 @@ class Layout:
         local = math.prod(p.shape) if whole else self.sliced(p) / self.shards_of(p)
         if optim.name == "adamw":
             return 8.0 * local
-        matrix = p.shape[1:] if p.spec.is_expert else p.shape
-        if len(matrix) == 2 and min(matrix) >= optim.factored_min_dim:
+        if is_factored(p, self.config):
             sizes = list(p.shape) if whole else self._local_shape(p)
             return 4.0 * math.prod(sizes[:-2]) * (sizes[-2] + sizes[-1])
         return 4.0 * local

@@ -15,7 +15,7 @@ from megaswitch.scale.layout import Layout
 from megaswitch.scale.profile import PER_WEIGHT, Cost, Profile
 from megaswitch.scale.recorder import Work
 from megaswitch.scale.sizes import Held, Sized, held_by
-from megaswitch.scale.updates import Way, is_joint
+from megaswitch.scale.updates import Way, is_joint, is_native
 
 _BUCKET = 32 << 20  # bytes of gradients that are summed in one call, as in `parallel.gradients`
 
@@ -147,6 +147,8 @@ class Times(Layout):
         divided = len(p.shape) > 1 and self.sharded(p) < math.prod(p.shape)
         if optim.name != "adafactor":
             return Way(divided, piled=False), 0.0  # all together, by one operation
+        if not divided and is_native(p, self.config, device):
+            return Way(divided, piled=False, native=True), number
         size = 4.0 * self.sharded(p)
         joint = is_joint(p, self.config)
         most = at_most(size, device)

@@ -30,11 +30,13 @@ class Way:
         divided: ranks hold parts of it.
         piled: with others of its shape, see `optim.piles`.
         joint: its experts share statistics.
+        native: by the compiled core of a CPU, see `optim.native_adafactor`.
     """
 
     divided: bool
     piled: bool
     joint: bool = False
+    native: bool = False
 
 
 # Of the optimizer and the gradient norm: bytes moved by number, operations by piece. A piece is a
@@ -66,18 +68,37 @@ def update_work(config: RunConfig, device: str) -> Updates:
                 made = [_parameter(p, cut) for p in own]
                 found[Way(divided, piled=False)] = _work(made, 1, config, recorder, mesh)
                 continue
-            for number, joint in ((1, False), (2, False), (1, True)):
-                some = [p for p in own if is_joint(p, config) == joint]
+            ways = (Way(divided, False), Way(divided, True), Way(divided, False, joint=True))
+            for way in (*ways, Way(divided, False, native=True)):
+                number = 2 if way.piled else 1
+                some = [p for p in own if _suits(way, p, config, device)]
                 made = [_parameter(p, cut) for p in some for _ in range(number)]
                 with mock.patch.object(piles, "at_most", return_value=number):
-                    work = _work(made, len(some), config, recorder, mesh) if some else Work()
-                found[Way(divided, number > 1, joint)] = work
+                    if some:
+                        work = _work(made, len(some), config, recorder, mesh, native=way.native)
+                found[way] = work
     return found
+
+
+def _suits(way: Way, p: Sized, config: RunConfig, device: str) -> bool:
+    native = not way.divided and is_native(p, config, device)
+    return is_joint(p, config) == way.joint and native == way.native
 
 
 def is_joint(p: Sized, config: RunConfig) -> bool:
     """Whether it is experts of which Adafactor takes statistics together."""
     return p.spec.is_expert and config.optim.expert_statistics == "joint"
+
+
+def is_factored(p: Sized, config: RunConfig) -> bool:
+    """Whether Adafactor keeps moments of its rows and columns only."""
+    matrix = p.shape[1:] if p.spec.is_expert else p.shape
+    return len(matrix) == 2 and min(matrix) >= config.optim.factored_min_dim
+
+
+def is_native(p: Sized, config: RunConfig, device: str) -> bool:
+    """Whether the compiled core updates it, where ranks do not divide it."""
+    return device == "cpu" and is_factored(p, config) and not is_joint(p, config)
 
 
 def _like(p: Sized) -> tuple[tuple[int, ...], bool, bool]:
@@ -103,7 +124,13 @@ def _parameter(p: Sized, axis: Axis | None) -> nn.Parameter:
 
 
 def _work(
-    made: list[nn.Parameter], pieces: float, config: RunConfig, recorder: Recorder, mesh: Mesh
+    made: list[nn.Parameter],
+    pieces: float,
+    config: RunConfig,
+    recorder: Recorder,
+    mesh: Mesh,
+    *,
+    native: bool = False,
 ) -> Work:
     """Of a step, the second, so that the optimizer's states are there."""
     optimizer = build_optimizer(made, config.optim)
@@ -111,7 +138,11 @@ def _work(
     for _ in range(2):
         before = recorder.work
         clip_gradients(made, config.optim.clip_grad_norm, mesh)
+        clipped = recorder.work
         optimizer.step()
         work = recorder.work - before
     numbers = sum(p.numel() for p in made)
-    return Work(moved=work.moved / numbers, operations=work.operations / pieces)
+    operations = work.operations
+    if native:  # pieces of so few operations that those of the norm, taken once of all, would show
+        operations -= (clipped - before).operations
+    return Work(moved=work.moved / numbers, operations=operations / pieces)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaswitch.data import native
+from megaswitch import native
 from megaswitch.data.indexed import (
     TYPE_CODES,
     CorpusMeta,
@@ -213,13 +213,13 @@ def test_the_core_writes_into_the_given_array_only(make_corpus):
 
 
 def test_a_package_that_was_not_compiled_says_so(tmp_path):
-    package = Path(native.__file__).parents[1]
-    (tmp_path / "megaswitch" / "data").mkdir(parents=True)
-    for name in ("__init__.py", "data/__init__.py", "data/native.py"):
+    package = Path(native.__file__).parent
+    (tmp_path / "megaswitch").mkdir()
+    for name in ("__init__.py", "native.py"):
         (tmp_path / "megaswitch" / name).write_bytes((package / name).read_bytes())
     done = subprocess.run(
         # -S: an editable installation would put its own core in the gap.
-        [sys.executable, "-S", "-c", "import megaswitch.data.native"],
+        [sys.executable, "-S", "-c", "import megaswitch.native"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

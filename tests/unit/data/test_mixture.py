@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaswitch.data import native
+from megaswitch import native
 from megaswitch.data.indexed import TokenizerInfo
 from megaswitch.data.loader import SpanCorruptionLoader
 from megaswitch.data.mixture import Mixture, MixtureOrder, quotas, size_weights, source_seed

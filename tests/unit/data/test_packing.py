@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaswitch.data import native
+from megaswitch import native
 from megaswitch.data.indexed import IndexedWriter, TokenStore
 from megaswitch.data.packing import SHORTEST, WINDOW, cut, in_file_order, open_rows, pack
 from megaswitch.log import UserError

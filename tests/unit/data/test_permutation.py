@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaswitch.data import native
+from megaswitch import native
 from megaswitch.data.philox import KeyedPermutation
 
 FEISTEL_FROM = KeyedPermutation.FEISTEL_FROM

@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from megaswitch.data import native
+from megaswitch import native
 from megaswitch.data.philox import Random, Stream, philox4x32
 
 # The known answers of Random123 1.14 (kat_vectors, philox4x32 10 rounds).

@@ -11,8 +11,8 @@ import pytest
 import zstandard
 from click.testing import CliRunner
 
+from megaswitch import native
 from megaswitch.cli.preprocess import preprocess as preprocess_command
-from megaswitch.data import native
 from megaswitch.data.indexed import TokenStore
 from megaswitch.data.loader import SpanCorruptionLoader
 from megaswitch.data.preprocess import preprocess

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaswitch.data import native
+from megaswitch import native
 from megaswitch.data.philox import Random, Stream
 from megaswitch.data.span_corruption import (
     EOS_ID,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from megaswitch.data import native
+from megaswitch import native
 from megaswitch.data.indexed import TokenStore
 from megaswitch.data.loader import SpanCorruptionLoader
 from megaswitch.log import UserError

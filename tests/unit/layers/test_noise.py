@@ -1,11 +1,13 @@
 """Counted randomness: uniform, independent of layout, different wherever it should differ."""
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from megaswitch.layers import noise as module
-from megaswitch.layers.noise import Noise, dropout
+from megaswitch import native
+from megaswitch.layers.kernels import rehearse
+from megaswitch.layers.noise import Noise, draw, dropout
 from megaswitch.layers.parameter import stable_hash
 
 
@@ -105,16 +107,51 @@ def split_mix(x):
     return x ^ (x >> 31)
 
 
-@pytest.mark.parametrize("scratch", [8, 24, 80, 1 << 20])
-def test_draws_are_those_of_split_mix_however_they_are_cut(monkeypatch, scratch):
-    monkeypatch.setattr(module, "_SCRATCH_BYTES", scratch)
+@pytest.mark.parametrize("kernels", ["cpu", "cuda"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_draws_are_those_of_split_mix(kernels, threads):
     samples = [0, 3, 2**40 + 1, 2**63 - 1]
-    draws = noise(seed=7, step=2, samples=samples).uniform("a", (4, 5, 2)).flatten(1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with rehearse(kernels):  # the core's, or torch's operations as on a GPU
+            draws = noise(seed=7, step=2, samples=samples).uniform("a", (4, 5, 21)).flatten(1)
+    finally:
+        torch.set_num_threads(before)
     golden, base = 0x9E3779B97F4A7C15, stable_hash(7, 2, "a")
     for sample, row in zip(samples, draws, strict=True):
         key = split_mix((sample * golden + base) % 2**64)
-        counters = [(key + element * golden) % 2**64 for element in range(1, 11)]
+        counters = [(key + element * golden) % 2**64 for element in range(1, 106)]
         assert (row * 2**24).tolist() == [split_mix(c) >> 40 for c in counters]
+
+
+@pytest.mark.parametrize("shape", [(700, 411), (3, 150_001), (0, 5), (5, 0)])
+def test_the_core_draws_what_torch_would(shape):
+    keys = torch.randint(-(2**63), 2**63 - 1, (2 * shape[0],))[::2]  # not contiguous
+    columns = range(2**31, 2**31 + shape[1])
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        ours = draw(keys, columns)
+    finally:
+        torch.set_num_threads(before)
+    with rehearse("cuda"):
+        assert torch.equal(ours, draw(keys, columns))
+    assert ours.shape == shape
+
+
+def test_the_core_checks_what_it_gets():
+    keys, out = np.zeros(3, dtype=np.int64), np.zeros((3, 4), dtype=np.float32)
+    native.draw(keys, 0, out, threads=1)
+    for wrong in (out[:2], out.reshape(3, 4, 1), out[0]):
+        with pytest.raises(ValueError, match=r"wrong shape|out \[N, n\]"):
+            native.draw(keys, 0, wrong, threads=1)
+    for wrong in (out[:, ::2], out.astype(np.float64)):
+        with pytest.raises(TypeError):
+            native.draw(keys, 0, wrong, threads=1)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="not writeable"):
+        native.draw(keys, 0, out, threads=1)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])

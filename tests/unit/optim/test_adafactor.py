@@ -12,9 +12,16 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from megaswitch.log import UserError
-from megaswitch.optim import adafactor_math
+from megaswitch.optim import adafactor_math, native_adafactor
 from megaswitch.optim.adafactor import Adafactor
 from megaswitch.parallel.shard import declare
+
+
+@pytest.fixture(params=["core", "torch"])
+def way(request, monkeypatch):
+    """Whole factored parameters are updated by the compiled core, or by torch as on a GPU."""
+    if request.param == "torch":
+        monkeypatch.setattr(native_adafactor, "suits", lambda *_: False)
 
 
 def parameter(values, expert=False):
@@ -82,6 +89,7 @@ def test_one_step_of_a_vector_by_hand():
     assert weight.tolist() == pytest.approx([2.6464466094, -3.6464466094], abs=1e-10)
 
 
+@pytest.mark.usefixtures("way")
 def test_one_step_of_a_factored_matrix_by_hand():
     # Mean squares: rows 2.5, 12.5; columns 5, 10; all 7.5. U² = G²·7.5 / (row·column)
     # = [[.6, 1.2], [1.08, .96]], mean .96: not clipped. W = 0 is scaled by epsilon2 = 1e-3.
@@ -96,6 +104,7 @@ def test_one_step_of_a_factored_matrix_by_hand():
     assert state["step"].item() == 1
 
 
+@pytest.mark.usefixtures("way")
 def test_second_step_and_clipping_by_hand():
     # t = 1: β2 = 1 − 2^−0.8 = .4256508, G² = 4 after 1: mean 2.7230475, U = 1.2119993,
     # clipped to 1. W = 2, then 2 − 0.1·2 = 1.8, then 1.8 − 0.1·1.8 = 1.62.
@@ -108,6 +117,7 @@ def test_second_step_and_clipping_by_hand():
     assert weight.item() == pytest.approx(1.5818401182, abs=1e-9)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
     ("shape", "factored"), [((11,), False), ((3, 9), False), ((6, 9), True), ((), False)]
 )
@@ -121,6 +131,7 @@ def test_plain_parameters_match_the_reference(shape, factored, options):
     assert ("row" in optimizer.state[weight]) == factored
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("mode", ["per-expert", "joint"])
 @pytest.mark.parametrize("shape", [(3, 6, 9), (3, 4, 9), (3, 7), (9, 6, 8)])
 @pytest.mark.parametrize("chunk_bytes", [1, 8 << 20])
@@ -146,6 +157,7 @@ def test_the_modes_differ():
     assert (per_expert - joint).abs().max() > 1e-3
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("shape", [(5, 257, 131), (4, 33), (3, 64, 1030)])
 @pytest.mark.parametrize("chunk_bytes", [1, 300_000, 8 << 20])
 def test_each_expert_is_a_parameter_of_its_own_to_the_bit(shape, chunk_bytes, monkeypatch):
@@ -169,6 +181,7 @@ def test_joint_is_the_same_in_chunks(monkeypatch):
     assert torch.equal(whole, chunked)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("shape", [(6, 9), (150, 130), (7,)])
 def test_agrees_with_hugging_face(shape, scaled):
@@ -186,6 +199,7 @@ def test_agrees_with_hugging_face(shape, scaled):
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_states_keep_at_least_single_precision_through_a_round_trip(dtype):
     """A run that saves and loads continues to the bit, also when parameters are bfloat16."""
@@ -234,6 +248,7 @@ def test_distributed_checkpoint_state_dict_round_trip():
     assert torch.equal(module.scale, resumed.scale)
 
 
+@pytest.mark.usefixtures("way")
 def test_learning_rate_zero_changes_statistics_only():
     start, grads = gradients((4, 5), 1, seed=1)[0], gradients((4, 5), 2)
     weight, optimizer = run(start, grads, lr=0.0, weight_decay=0.1)
@@ -241,6 +256,7 @@ def test_learning_rate_zero_changes_statistics_only():
     assert optimizer.state[weight]["moment"].min() > 0
 
 
+@pytest.mark.usefixtures("way")
 def test_zero_gradients_move_nothing():
     start = gradients((130, 140), 1, torch.float32)[0]
     weight, _ = run(start, [torch.zeros_like(start)] * 2)
@@ -256,6 +272,7 @@ def test_parameters_without_gradient_are_passed_over():
     assert torch.equal(unused, torch.ones(3))
 
 
+@pytest.mark.usefixtures("way")
 def test_gradients_in_another_memory_order():
     grad = gradients((140, 130), 1)[0]
     start = gradients((130, 140), 1, seed=1)[0]

@@ -87,6 +87,7 @@ def made_up(tp: int, exchanges: bool) -> Profile:
     kinds = [(stack, sparse) for stack in ("encoder", "decoder") for sparse in (False, True)]
     ends = Cost(1e6, 0.0, Work(1e9, 1e7, 50.0))
     ways = [Way(divided, piled) for divided in (False, True) for piled in (False, True)]
+    ways.append(Way(divided=False, piled=False, native=True))
     update = dict.fromkeys(ways, Work(moved=30.0, operations=9))
     return Profile(dict.fromkeys(kinds, dense), ends, 1e7, Work(2.0, 2.0, 2.0), update)
 

@@ -1,4 +1,4 @@
-"""The C++ data core. No other module imports `megaswitch._C`; there is no Python path beside it."""
+"""The C++ core, which there is no Python path beside. No other module imports `megaswitch._C`."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ try:
         SpanSampler,
         TextPairs,
         Texts,
+        adafactor,
         corrupt,
         count_rows,
+        draw,
         permute,
         philox4x32,
         write_rows,
     )
 except ImportError as error:
     raise ImportError(
-        f"the package megaswitch in '{Path(__file__).parents[2]}' has no compiled core that this "
+        f"the package megaswitch in '{Path(__file__).parents[1]}' has no compiled core that this "
         f"Python can load ({error}). Run `pip install -e .` there, or start from another folder if "
         "MegaSwitch is installed elsewhere: `python -m` looks into the current folder first."
     ) from error
@@ -52,8 +54,10 @@ __all__ = [
     "SpanSampler",
     "TextPairs",
     "Texts",
+    "adafactor",
     "corrupt",
     "count_rows",
+    "draw",
     "permute",
     "philox4x32",
     "write_rows",
