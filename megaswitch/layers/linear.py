@@ -295,17 +295,18 @@ def _counts(ends: list[int], rows: int) -> list[int]:
 
 def _multiply(x: Tensor, matrices: Sequence[Tensor], counts: list[int], y: Tensor) -> None:
     """Write rows of x times their expert's matrix [in, out] into y; 0 behind the last expert's."""
-    *blocks, rest = zip(x.split(counts), y.split(counts), strict=True)
-    for (rows, out), matrix in zip(blocks, matrices, strict=True):
-        if len(rows):  # a step of decoding has rows for few experts of many
+    *outputs, rest = y.split(counts)
+    for rows, matrix, out, count in zip(x.split(counts), matrices, outputs, counts, strict=False):
+        if count:  # a step of decoding has rows for few experts of many
             torch.mm(rows, matrix, out=out)
-    rest[1].zero_()
+    if counts[-1]:
+        rest.zero_()
 
 
 def _stack_gradient(x: Tensor, grad: Tensor, counts: list[int], weight: Tensor) -> Tensor:
     """Σ grad xᵀ over each expert's rows; an expert without rows still gets its zeros."""
     result = _MEMORY.empty_like(weight)
-    factors = zip(grad.split(counts), x.split(counts), strict=True)
-    for (to, rows), out in zip(factors, result.unbind(0), strict=False):  # none of what is behind
-        torch.mm(to.t(), rows, out=out)
+    gradients = grad.t().split(counts, 1)
+    for to, rows, out in zip(gradients, x.split(counts), result.unbind(0), strict=False):
+        torch.mm(to, rows, out=out)  # none of the rows behind the last expert's
     return result
