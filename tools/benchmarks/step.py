@@ -1,8 +1,9 @@
 """A training step of a sparse model beside our dense model of equal FLOPs per token, and beside HF.
 
-Forward with loss, backward, and optimizer (gradient norm, fused AdamW, zeroed gradients) are timed
-apart. All models of one shape share their weights where they have them alike.
-Command: python tools/benchmarks/step.py --output tools/benchmarks/step.json
+Forward with loss, backward, and optimizer (gradient norm, update, zeroed gradients) are timed
+apart. The optimizer is fused AdamW, or each side's own Adafactor. All models of one shape share
+their weights where they have them alike.
+Command: python tools/benchmarks/step.py [--optimizer adafactor] --output tools/benchmarks/step.json
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.optimization import Adafactor
 
 from megaswitch.checkpoint.huggingface import to_hf
 from megaswitch.config import load_config
@@ -52,7 +54,7 @@ class Shape:
         layers = "every layer" if self.every == 1 else "every other layer"
         return f"d_model {self.d_model}, {self.experts} experts, {layers}, {self.rows} rows"
 
-    def config(self, *, dense: bool) -> RunConfig:
+    def config(self, *, dense: bool, optimizer: str) -> RunConfig:
         """Our configuration."""
         model = {
             "d_model": self.d_model,
@@ -62,7 +64,7 @@ class Shape:
         }
         if not dense:
             model |= {f"moe.{s}_sparse_step": self.every for s in ("encoder", "decoder")}
-        optim = {"name": "adamw", "learning_rate": 1e-6}  # routing stays as it was initialised
+        optim = {"name": optimizer, "learning_rate": 1e-6}  # routing stays as it was initialised
         options = [f"--model.{k}={v}" for k, v in model.items()]
         return load_config(None, options + [f"--optim.{k}={v}" for k, v in optim.items()])
 
@@ -87,12 +89,14 @@ class Step:
         self.model = model.train()
         self.loss = loss
         parameters = [p for p in model.parameters() if p.requires_grad]
+        rate = config.optim.learning_rate
+        self.optimizer: torch.optim.Optimizer
         if isinstance(model, SwitchTransformer):
             self.optimizer = build_optimizer(parameters, config.optim)
+        elif config.optim.name == "adamw":
+            self.optimizer = torch.optim.AdamW(parameters, lr=rate, fused=True)
         else:
-            self.optimizer = torch.optim.AdamW(
-                parameters, lr=config.optim.learning_rate, fused=True
-            )
+            self.optimizer = Adafactor(parameters, lr=rate, relative_step=False)
         self.parameters = parameters
         self.output: Tensor | None = None
 
@@ -172,12 +176,12 @@ def hf_like(ours: SwitchTransformer) -> nn.Module:
     return model
 
 
-def variants(shape: Shape) -> dict[str, Step]:
+def variants(shape: Shape, optimizer: str) -> dict[str, Step]:
     """The steps to compare, on one batch."""
     batch = [torch.randint(2, 32_000, (shape.rows, length)) for length in (*LENGTHS, LENGTHS[1])]
     steps = {}
     for dense, ours_name, hf_name in ((True, DENSE, HF_DENSE), (False, SWITCH, HF_SWITCH)):
-        config = shape.config(dense=dense)
+        config = shape.config(dense=dense, optimizer=optimizer)
         ours = SwitchTransformer(config.model).initialize(0)
         theirs = hf_like(ours)
         arguments = {} if dense else {"output_router_logits": True}
@@ -221,6 +225,7 @@ def main() -> None:
     """Compare at each shape."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--optimizer", default="adamw", choices=("adamw", "adafactor"))
     parser.add_argument("--rounds", type=int, default=15, help="of 8 rows; 32 rows get half")
     parser.add_argument("--only", help="shapes whose description has this text")
     arguments = parser.parse_args()
@@ -232,7 +237,7 @@ def main() -> None:
             continue
         rounds = arguments.rounds if shape.rows == 8 else arguments.rounds // 2
         print(f"{shape}, {rounds} rounds", flush=True)
-        steps = variants(shape)
+        steps = variants(shape, arguments.optimizer)
         phases = {name: step.phases() for name, step in steps.items()}
         everything[f"{shape}, {rounds} rounds"] = results(measure(phases, rounds=rounds, warmup=1))
         del steps, phases
