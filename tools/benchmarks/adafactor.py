@@ -1,4 +1,4 @@
-"""A step of Adafactor: by torch, small parameters of one shape each alone and together; by the core.
+"""A step of Adafactor: by torch, small parameters of a shape alone and together; by the core.
 
 On a CPU the compiled core updates factored parameters; fused AdamW stands beside it.
 Usage: python tools/benchmarks/adafactor.py [--device cuda] [--output FILE.json]
