@@ -69,8 +69,9 @@ class Update {
  public:
   Update(uint64_t rows, uint64_t columns, const AdafactorStep& step, unsigned threads)
       : rows_(rows), columns_(columns), step_(step), threads_(threads), row_sums_(rows),
-        weight_sums_(rows), block_sums_((rows + kBlock - 1) / kBlock * columns),
-        row_factors_(rows), column_factors_(columns) {}
+        weight_sums_(rows), column_sums_(columns),
+        block_sums_((rows + kBlock - 1) / kBlock * columns), row_factors_(rows),
+        column_factors_(columns) {}
 
   void operator()(T* p, const T* g, T* row, T* column) {
     remember(g, row, column);
@@ -93,7 +94,7 @@ class Update {
       row_sums_[i] = add_squares(g + i * columns_, columns_, sums);
     });
     for (uint64_t i = 0; i < rows_; ++i) blend(row[i], row_sums_[i], columns_);
-    column_sums_.assign(columns_, 0.0);
+    std::fill(column_sums_.begin(), column_sums_.end(), 0.0);
     for (uint64_t block = 0; block < block_sums_.size(); block += columns_) {
       for (uint64_t i = 0; i < columns_; ++i) {
         column_sums_[i] += static_cast<double>(block_sums_[block + i]);
@@ -171,12 +172,12 @@ void adafactor(T* p, const T* g, T* row, T* column, uint64_t slices, uint64_t ro
   // Threads take whole matrices where there are enough of them, else parts of one after the other.
   const bool whole = slices >= threads;
   const uint64_t parts = whole ? std::min<uint64_t>(slices, threads) : 1;
+  std::vector<Update<T>> updates(parts, Update<T>(rows, columns, step, whole ? 1 : threads));
   parallel_for(parts, slices * rows * columns, whole ? threads : 1, [&](uint64_t part) {
-    Update<T> update(rows, columns, step, whole ? 1 : threads);
     const uint64_t end = slices * (part + 1) / parts;
     for (uint64_t slice = slices * part / parts; slice < end; ++slice) {
       const uint64_t start = slice * rows * columns;
-      update(p + start, g + start, row + slice * rows, column + slice * columns);
+      updates[part](p + start, g + start, row + slice * rows, column + slice * columns);
     }
   });
 }

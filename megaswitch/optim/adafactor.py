@@ -58,6 +58,9 @@ class Adafactor(torch.optim.Optimizer):
     a parameter of its own (t5x). With "joint" one RMS(U) and one RMS(W), over all the experts,
     serve all of them (Mesh-TF). The moments are per expert in both modes.
 
+    **Devices.** Where a CPU has a factored parameter whole, the compiled core updates it
+    (`native_adafactor`), elsewhere torch. They add up in different orders, as ranks do.
+
     **Ranks.** A parameter may be a rank's block of a global one (`megaswitch.parallel.weights`).
     Its update is that of the global parameter, and its states are blocks too.
 
