@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from megaswitch.data import documents, native
+from megaswitch import native
+from megaswitch.data import documents
 from megaswitch.data.document_loader import DocumentLoader
 from megaswitch.data.indexed import IndexedWriter, TokenizerInfo, TokenStore
 from megaswitch.data.packing import cut
