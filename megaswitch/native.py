@@ -1,4 +1,7 @@
-"""The C++ core, which there is no Python path beside. No other module imports `megaswitch._C`."""
+"""The C++ core. No other module imports `megaswitch._C`.
+
+Data have no Python path beside it; for draws and Adafactor it is a CPU's way, as torch is a GPU's.
+"""
 
 from __future__ import annotations
 

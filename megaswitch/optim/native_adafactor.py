@@ -29,6 +29,7 @@ def suits(parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Tenso
 
 def update(parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Tensor]) -> None:
     """Update the parameter and its states, in place; see `Adafactor`."""
+    assert parameter.is_contiguous(), "Adafactor updates contiguous parameters only"
     assert parameter.grad is not None
     torch.ops.megaswitch.adafactor(
         parameter,
