@@ -5,7 +5,7 @@
 // Products of 64 bits are what a draw takes: with AVX-512 it is three times as fast. Which clone is
 // right turns out when the program is loaded, before sanitizers can bear it.
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12 && \
-    !defined(__SANITIZE_ADDRESS__)
+    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #define MEGASWITCH_CLONES __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
 #else
 #define MEGASWITCH_CLONES

@@ -1,5 +1,8 @@
 """The core's update of Adafactor: torch's, for any shape and number of threads."""
 
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -134,3 +137,18 @@ def test_the_core_refuses_nothing_at_all():
     given = {name: array[:0] for name, array in arrays().items()}
     with pytest.raises(ValueError, match="must not be empty"):
         native.adafactor(**given, **NUMBERS, threads=1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+def test_sanitizers_find_nothing_in_draws_and_updates(sanitizer, tmp_path):
+    root, program = Path(__file__).parents[3], tmp_path / "stress"
+    sources = [root / "csrc/adafactor.cpp", root / "csrc/draws.cpp"]
+    compiler = ["g++", "-std=c++17", "-g", "-O1", "-pthread", f"-fsanitize={sanitizer}"]
+    compiler += ["-fno-sanitize-recover=all", f"-I{root / 'csrc'}"]
+    stress = root / "tests/native/numbers_stress.cpp"
+    subprocess.run([*compiler, stress, *sources, "-o", program], check=True)
+    # The thread sanitizer does not know the random layouts of memory of newer kernels.
+    result = subprocess.run(["setarch", "-R", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout == "done\n"
